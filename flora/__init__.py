@@ -1,0 +1,42 @@
+"""flora: federated LoRA fine-tuning with mixed ranks, aggregated exactly by stacking.
+
+Names are imported when they are first used, so that a user who wants one function loads one file.
+"""
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Adapter": "adapter", "Adapters": "adapter", "stack": "adapter", "mean": "adapter", "pad": "adapter",
+    "truncate": "adapter", "compress": "adapter", "rescale": "adapter", "fold": "adapter",
+    "LoRALinear": "nn", "attach": "nn", "adapters": "nn", "load_adapters": "nn", "merge": "nn", "detach": "nn",
+    "Update": "messages", "Broadcast": "messages", "aggregate": "strategies", "STRATEGIES": "strategies",
+    "LocalClient": "client", "TrainConfig": "client", "Cohort": "cohort", "run": "engines.local",
+}
+_MODULES = ("adapter", "cli", "client", "cohort", "config", "data", "engines", "errors", "evaluate", "formats", "kernels",
+            "messages", "nn", "ops", "report", "server", "strategies")
+__all__ = sorted(_WHERE)
+
+if TYPE_CHECKING:
+    from flora.adapter import Adapter, Adapters, compress, fold, mean, pad, rescale, stack, truncate
+    from flora.client import LocalClient, TrainConfig
+    from flora.cohort import Cohort
+    from flora.engines.local import run
+    from flora.messages import Broadcast, Update
+    from flora.nn import LoRALinear, adapters, attach, detach, load_adapters, merge
+    from flora.strategies import STRATEGIES, aggregate
+
+
+def __getattr__(name: str) -> object:
+    if name in _WHERE:
+        value = getattr(importlib.import_module(f"flora.{_WHERE[name]}"), name)
+        globals()[name] = value
+        return value
+    if name in _MODULES:
+        return importlib.import_module(f"flora.{name}")
+    raise AttributeError(f"module 'flora' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHERE, *_MODULES})

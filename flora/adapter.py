@@ -1,0 +1,224 @@
+"""The law: an adapter is ΔW = B · diag(scale) · A. Stacking adapters is concatenating ranks; weighting one multiplies `scale`.
+
+So a weighted sum of adapters of any ranks and any alpha is exact and costs no arithmetic:
+
+    Σ p_k B_k diag(s_k) A_k = [B_1 B_2 ...] · diag(p_1 s_1, p_2 s_2, ...) · [A_1; A_2; ...]
+
+Weighting touches neither A nor B, so nothing that is held in bf16 is rounded again. Stacking is associative: a tree of
+servers gives the flat answer. Every other aggregation rule is a compression of the stack (`compress`, by QR of the factors
+and an SVD of a small core, never of the dense matrix) or an average of factors (`mean`, which is not the average of ΔW).
+
+Reference: FLoRA, arXiv 2409.05976, section 3.
+"""
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from flora.errors import AdapterError
+from flora.seeds import derive
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """ΔW = B diag(scale) A of one layer.
+
+    A (rank, in), B (out, rank), any float dtype; scale fp32 (rank,), or a number for all ranks (alpha / rank). `adapter * p`
+    weights it. Raises AdapterError for shapes that do not fit, a rank of 0, or tensors on different devices.
+    """
+    A: Tensor
+    B: Tensor
+    scale: Tensor
+
+    def __post_init__(self) -> None:
+        A, B = self.A, self.B
+        if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or A.shape[0] == 0:
+            raise AdapterError(f"expected A (rank, in) and B (out, rank) of one rank >= 1; got A {tuple(A.shape)}, "
+                               f"B {tuple(B.shape)}")
+        scale = self.scale
+        if not isinstance(scale, Tensor) or scale.dim() == 0:
+            scale = torch.full((A.shape[0],), float(scale), device=A.device)
+        if tuple(scale.shape) != (A.shape[0],):
+            raise AdapterError(f"expected a scale of ({A.shape[0]},), one number a rank; got {tuple(scale.shape)}")
+        if not A.device == B.device == scale.device:
+            raise AdapterError(f"expected A, B and scale on one device; got {A.device}, {B.device}, {scale.device}")
+        object.__setattr__(self, "scale", scale.to(torch.float32))
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight that it belongs to."""
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of A, B and scale."""
+        return sum(t.numel() * t.element_size() for t in (self.A, self.B, self.scale))
+
+    def delta(self) -> Tensor:
+        """Dense ΔW (out, in) in fp64. For tests and oracles: library code never forms it."""
+        return (self.B.detach().double() * self.scale.double()) @ self.A.detach().double()
+
+    def __mul__(self, weight: float) -> "Adapter":
+        return replace(self, scale=self.scale * float(weight))
+
+    __rmul__ = __mul__
+
+    def to(self, *args, **kwargs) -> "Adapter":
+        """A and B moved or cast as Tensor.to does; scale moves and stays fp32."""
+        A, B = self.A.to(*args, **kwargs), self.B.to(*args, **kwargs)
+        return Adapter(A, B, self.scale.to(A.device))
+
+
+Adapters: TypeAlias = Mapping[str, Adapter]
+
+
+def _of_one_layer(adapters: Sequence[Adapter]) -> tuple[int, int]:
+    """The (out, in) that all share. Factors are told apart by their place, never by shape: a rank may equal a feature size."""
+    shapes = {adapter.shape for adapter in adapters}
+    if len(shapes) != 1:
+        raise AdapterError(f"expected at least one adapter, all of one layer; got (out, in) of {sorted(shapes)}")
+    return shapes.pop()
+
+
+def stack(adapters: Sequence[Adapter]) -> Adapter:
+    """Σ ΔW_k, exactly, as one adapter: ranks concatenated in the order given. Weight the terms with `adapter * p_k`.
+
+    Dtypes promote (fp32 with bf16 gives fp32). Raises AdapterError where shapes differ or the list is empty.
+    """
+    _of_one_layer(adapters)
+    return Adapter(torch.cat([a.A for a in adapters]), torch.cat([a.B for a in adapters], dim=1),
+                   torch.cat([a.scale for a in adapters]))
+
+
+def normalised(weights: Sequence[float]) -> list[float]:
+    """w_k / Σ w, for weights that are finite, not negative and not all zero. Raises AdapterError otherwise."""
+    values = [float(w) for w in weights]
+    total = sum(values)
+    if not values or any(not 0.0 <= w < float("inf") for w in values) or total <= 0.0:
+        raise AdapterError(f"expected finite weights >= 0 with a positive sum; got {values}")
+    return [w / total for w in values]
+
+
+def _at_scale(a: Adapter, scale: Tensor) -> Adapter:
+    """The same ΔW with another scale: the change is split evenly between A and B. Ranks whose scale agrees keep their bits."""
+    ratio = (a.scale.double() / scale.double()).nan_to_num(0.0, 0.0, 0.0)
+    root = ratio.abs().sqrt()
+    A = torch.where((ratio == 1)[:, None], a.A, (a.A.double() * root[:, None]).to(a.A.dtype))
+    B = torch.where(ratio == 1, a.B, (a.B.double() * (root * ratio.sign())).to(a.B.dtype))
+    return Adapter(A, B, scale)
+
+
+def mean(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """A = Σ p_k A_k, B = Σ p_k B_k with p_k = w_k / Σ w: FedAvg of the factors, which is not the average of ΔW.
+
+    Adapters of different scale are first written at one common scale (their weighted mean, same ΔW_k), since factors
+    trained under different alpha / r do not average. Sums run in fp32. Raises AdapterError for ranks that differ (pad first).
+    Reference: FedIT, arXiv 2305.05644.
+    """
+    _of_one_layer(adapters)
+    if len({a.rank for a in adapters}) != 1:
+        raise AdapterError(f"expected adapters of one rank; got {[a.rank for a in adapters]}. Pad them to one rank, or stack.")
+    if len(weights) != len(adapters):
+        raise AdapterError(f"expected one weight an adapter; got {len(weights)} for {len(adapters)} adapters")
+    p = normalised(weights)
+    scale = adapters[0].scale
+    if any(not torch.equal(a.scale, scale) for a in adapters):
+        scale = sum(pk * a.scale.abs() for pk, a in zip(p, adapters, strict=True))
+        adapters = [_at_scale(a, scale) for a in adapters]
+    A = sum(pk * a.A.to(_sum_dtype(a.A)) for pk, a in zip(p, adapters, strict=True))
+    B = sum(pk * a.B.to(_sum_dtype(a.B)) for pk, a in zip(p, adapters, strict=True))
+    return Adapter(A.to(adapters[0].A.dtype), B.to(adapters[0].B.dtype), scale)
+
+
+def _sum_dtype(factor: Tensor) -> torch.dtype:
+    return torch.promote_types(factor.dtype, torch.float32)
+
+
+def pad(a: Adapter, rank: int) -> Adapter:
+    """The same ΔW with ranks of zeros added up to `rank`; they carry the mean scale. Raises AdapterError for a smaller rank."""
+    more = rank - a.rank
+    if more < 0:
+        raise AdapterError(f"expected a rank of at least {a.rank} to pad to; got {rank}. Use truncate or compress.")
+    if more == 0:
+        return a
+    return Adapter(torch.cat([a.A, a.A.new_zeros(more, a.A.shape[1])]), torch.cat([a.B, a.B.new_zeros(a.B.shape[0], more)], 1),
+                   torch.cat([a.scale, a.scale.mean().expand(more)]))
+
+
+def truncate(a: Adapter, rank: int) -> Adapter:
+    """The first `rank` ranks (all, where there are no more), scale as it is. The best ones come first after `compress`."""
+    if rank < 1:
+        raise AdapterError(f"expected a rank of at least 1; got {rank}")
+    return Adapter(a.A[:rank], a.B[:, :rank], a.scale[:rank])
+
+
+def compress(a: Adapter, rank: int | None = None, tol: float | None = None) -> Adapter:
+    """The best approximation of ΔW at a smaller rank: QR of the factors, SVD of the (R, R) core, never anything dense.
+
+    rank: at most this many ranks; tol: as few as keep ‖ΔW - ΔW_r‖_F <= tol ‖ΔW‖_F; neither: min(R, in, out), which is exact.
+    Returns balanced factors (‖A_i‖ = ‖B_i‖ = √σ_i, σ falling), scale ones, in a's dtypes. Computed in fp64.
+    Raises AdapterError for a rank under 1 or a tol outside [0, 1). Reference: Eckart-Young; FLoRIST, arXiv 2506.09199.
+    """
+    if rank is not None and rank < 1:
+        raise AdapterError(f"expected a rank of at least 1; got {rank}")
+    if tol is not None and not 0.0 <= tol < 1.0:
+        raise AdapterError(f"expected a tolerance in [0, 1); got {tol}")
+    Q_B, R_B = torch.linalg.qr(a.B.detach().double() * a.scale.double())
+    Q_A, R_A = torch.linalg.qr(a.A.detach().double().T)
+    U, sigma, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+    keep = len(sigma) if rank is None else min(rank, len(sigma))
+    if tol is not None:
+        tail = sigma.square().flip(0).cumsum(0).flip(0)         # tail[r]: what is lost when r ranks are kept
+        keep = min(keep, max(1, int((tail > tol * tol * tail[0]).sum())))
+    root = sigma[:keep].sqrt()
+    A = root[:, None] * (Vh[:keep] @ Q_A.T)
+    B = (Q_B @ U[:, :keep]) * root
+    return Adapter(A.to(a.A.dtype), B.to(a.B.dtype), a.scale.new_ones(keep))
+
+
+def rescale(a: Adapter, scale: float) -> Adapter:
+    """The same ΔW with this constant scale and factors of equal norm rank by rank: what a start is sent with.
+
+    A rank that is zero on one side keeps its other side as it is. Raises AdapterError for a scale that is not positive.
+    """
+    if not 0.0 < scale < float("inf"):
+        raise AdapterError(f"expected a positive, finite scale; got {scale}")
+    A, B, ratio = a.A.detach().double(), a.B.detach().double(), a.scale.double() / scale
+    norm_A, norm_B = A.norm(dim=1), B.norm(dim=0) * ratio.abs()
+    dead = (norm_A == 0) | (norm_B == 0)
+    grow = torch.where(dead, torch.ones_like(ratio), (norm_B / norm_A).sqrt())
+    return Adapter((A * grow[:, None]).to(a.A.dtype), (B * (ratio / grow)).to(a.B.dtype), torch.full_like(a.scale, scale))
+
+
+def fold(a: Adapter) -> Adapter:
+    """The same ΔW with scale moved into B and scale ones: what formats without a scale vector hold. B is rounded again."""
+    return Adapter(a.A, (a.B * a.scale).to(a.B.dtype), torch.ones_like(a.scale))
+
+
+def fresh(shape: tuple[int, int], rank: int, alpha: float, seed: int) -> Adapter:
+    """An untrained adapter for a weight (out, in): A uniform in ±1/√in, B zero (so ΔW = 0), scale alpha / rank, fp32 on the CPU.
+
+    The numbers depend on seed alone. Raises AdapterError for a rank under 1. Reference: LoRA, arXiv 2106.09685, section 4.1.
+    """
+    if rank < 1:
+        raise AdapterError(f"expected a rank of at least 1; got {rank}")
+    out_features, in_features = shape
+    generator = torch.Generator().manual_seed(seed)
+    A = (torch.rand(rank, in_features, generator=generator) * 2 - 1) / in_features**0.5
+    return Adapter(A, torch.zeros(out_features, rank), alpha / rank)
+
+
+def fresh_adapters(shapes: Mapping[str, tuple[int, int]], rank: int, alpha: float, *seed: int | str) -> dict[str, Adapter]:
+    """A fresh adapter for every layer of shapes; each layer's numbers depend on the seed and on its name, not on the others."""
+    return {name: fresh(shape, rank, alpha, derive(*seed, name)) for name, shape in shapes.items()}
+
+
+def all_layers(adapters: Sequence[Adapters]) -> list[str]:
+    """Every layer that any of them has, in order of first appearance."""
+    return list(dict.fromkeys(name for each in adapters for name in each))

@@ -1,0 +1,133 @@
+"""The run folder: what a run writes, so that a person can read it, PEFT can load it, and another process can go on.
+
+    config.yaml  environment.json  run.json     the resolved settings, versions and kernels, how far it came
+    metrics.jsonl                               one JSON row a client and round, one a server evaluation
+    rounds/NUMBER/clients/NAME, .../aggregate   adapters in PEFT's format, of the last keep_rounds rounds
+    checkpoint/NUMBER                           what resume needs; only while the run is unfinished
+    model/                                      the merged model and its tokenizer, when the run is finished
+
+A folder appears under its name only when it is whole, so an interrupted or failed write loses that write and nothing else.
+"""
+import errno
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flora.adapter import Adapters
+from flora.errors import RunError
+from flora.files import safe_name, staged, write_text
+from flora.formats import save_peft
+from flora.messages import Broadcast, Update, decode, encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on: the next round, the broadcast that is due, the base that it stands on (None: the original), and
+    what stayed at home, by client."""
+    number: int
+    broadcast: Broadcast
+    base: Path | None
+    home: dict[str, Adapters]
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turns an error of the file system into a RunError that says what is still whole and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise RunError(f"cannot write to {folder}: {'the disk is full' if full else error}. Rounds written before are whole; "
+                       f"make room (or set keep_rounds: 0), then: flora resume {folder}") from error
+
+
+class RunFolder:
+    """Writes one run. Raises RunError where the folder holds a run already (unless overwrite or resume) or cannot be written."""
+
+    def __init__(self, path: str | Path, overwrite: bool = False, resume: bool = False):
+        self.path = Path(path).expanduser()
+        state = self.state()
+        if resume:
+            if not state:
+                raise RunError(f"expected a run to resume at {self.path}; got a folder without run.json")
+            if state["state"] == "finished":
+                raise RunError(f"the run at {self.path} is finished ({state['rounds_done']} rounds); there is nothing to resume. "
+                               "Start another with its own output_dir.")
+        elif state and not overwrite:
+            raise RunError(f"{self.path} holds a run already ({state['state']}, {state['rounds_done']} rounds). Choose another "
+                           f"--output_dir, go on with `flora resume {self.path}`, or replace it with --overwrite.")
+        elif not state and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise RunError(f"{self.path} exists and is not a run of flora, so it is not written to. Choose another --output_dir.")
+        with disk_errors(self.path):
+            if state and not resume:
+                shutil.rmtree(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+
+    def state(self) -> dict[str, Any]:
+        """{"state": "running" | "interrupted" | "failed" | "finished", "rounds_done"}; empty where there is no run."""
+        try:
+            return json.loads((self.path / "run.json").read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def mark(self, state: str, rounds_done: int) -> None:
+        with disk_errors(self.path):
+            write_text(self.path / "run.json", json.dumps({"state": state, "rounds_done": rounds_done}) + "\n")
+
+    def describe(self, config_yaml: str, environment: Mapping[str, Any]) -> None:
+        """Writes the resolved config and the environment."""
+        with disk_errors(self.path):
+            write_text(self.path / "config.yaml", config_yaml)
+            write_text(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+    def save_round(self, number: int, updates: Sequence[Update], broadcast: Broadcast, keep: int, base_model: str) -> None:
+        """Writes every client's adapters and the aggregate (stack or average) in PEFT's format; drops rounds beyond `keep`."""
+        if keep == 0:
+            return
+        with disk_errors(self.path), staged(self.path / "rounds" / str(number)) as folder:
+            for update in updates:
+                save_peft(update.adapters, folder / "clients" / safe_name(update.client), base_model)
+            aggregate = broadcast.merge or broadcast.start
+            if aggregate:
+                save_peft(aggregate, folder / "aggregate", base_model)
+        for old in (self.path / "rounds").iterdir():
+            if old.name.isdigit() and int(old.name) <= number - keep:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def save_checkpoint(self, model: "PreTrainedModel", number: int, broadcast: Broadcast, home: Mapping[str, Adapters]) -> None:
+        """Writes what resume needs: `number` is the next round. The base is written only if merges have changed it."""
+        merged = model.__dict__.get("_flora_merged", False)
+        with disk_errors(self.path), staged(self.path / "checkpoint" / str(number)) as folder:
+            (folder / "broadcast.safetensors").write_bytes(encode(broadcast))
+            for i, (client, adapters) in enumerate(home.items()):
+                (folder / f"home-{i}.safetensors").write_bytes(encode(Update(adapters, 1, client=client)))
+            if merged:
+                model.save_pretrained(folder / "base")
+        for old in (self.path / "checkpoint").iterdir():
+            if old.name != str(number):
+                shutil.rmtree(old, ignore_errors=True)
+
+    def load_checkpoint(self) -> Resumed | None:
+        """The newest checkpoint; None where the run had not finished a round."""
+        folders = [f for f in (self.path / "checkpoint").glob("*") if f.name.isdigit()]
+        if not folders:
+            return None
+        folder = max(folders, key=lambda f: int(f.name))
+        broadcast = decode((folder / "broadcast.safetensors").read_bytes())
+        home = [decode(file.read_bytes()) for file in sorted(folder.glob("home-*.safetensors"))]
+        base = folder / "base"
+        return Resumed(int(folder.name), broadcast, base if base.exists() else None, {u.client: u.adapters for u in home})
+
+    def save_model(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Writes the merged model, and drops the checkpoint that it makes dead."""
+        with disk_errors(self.path), staged(self.path / "model") as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        shutil.rmtree(self.path / "checkpoint", ignore_errors=True)

@@ -1,0 +1,113 @@
+"""The verbs: `flora run | resume | fetch | doctor`. Each is two lines of Python; an error is one paragraph with its remedy."""
+import sys
+
+from flora.errors import FloraError
+
+USAGE = """\
+flora: federated LoRA fine-tuning with mixed ranks, aggregated exactly
+
+  flora run [CONFIG.yaml] [--key value ...]   run a federated fine-tuning     flora run --lora_r 64 16 4 --num_clients 3
+  flora resume FOLDER                         go on with an interrupted run   flora resume runs/demo
+  flora fetch [NAME ...]                      models and data by name         flora fetch smollm2-135m chitchat
+  flora doctor                                what works here, what is missing and what that costs
+
+  flora run --help lists every key. --debug, anywhere, shows the traceback of an error. Exit codes: 0 done, 1 refused or
+  failed (the message says what to do), 2 wrong usage, 130 Ctrl-C.
+"""
+
+
+class _Usage(Exception):
+    """Words after `flora` that are no call of it."""
+
+
+def _run(arguments: list[str]) -> None:
+    from flora.config import RunConfig, load, parse
+    from flora.engines.local import run
+
+    settings, name = {}, "the settings"
+    if arguments and not arguments[0].startswith("-"):
+        name = arguments.pop(0)
+        settings = load(name)
+    config = parse(settings, name)
+    if arguments:
+        import tyro
+        from pydantic import ValidationError
+
+        from flora.config import as_config_error
+        try:
+            config = tyro.cli(RunConfig, prog="flora run [CONFIG.yaml]", args=arguments, default=config)
+        except ValidationError as error:
+            raise as_config_error(error, "the command line") from None
+    run(config)
+
+
+def _resume(arguments: list[str]) -> None:
+    from flora.engines.local import resume
+
+    if len(arguments) != 1:
+        raise _Usage("expected one folder: flora resume runs/demo")
+    resume(arguments[0])
+
+
+def _fetch(arguments: list[str]) -> None:
+    from flora.data import SOURCES, cached, fetch
+
+    if not arguments:
+        for name, source in SOURCES.items():
+            print(f"{name:<14} {source.size / 1e6:6.1f} MB  {'fetched' if cached(name) else 'not fetched':<12} {source.licence}")
+        return
+    for name in arguments:
+        print(fetch(name))
+
+
+def _doctor(arguments: list[str]) -> None:
+    from flora.doctor import main as doctor
+
+    doctor()
+
+
+VERBS = {"run": _run, "resume": _resume, "fetch": _fetch, "doctor": _doctor}
+
+
+def _call(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return
+    if arguments[0] == "--version":
+        from flora import __version__
+        print(__version__)
+        return
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        import difflib
+        near = difflib.get_close_matches(verb, VERBS, 1)
+        raise _Usage(f"no such verb: {verb}" + (f"; did you mean {near[0]}?" if near else ""))
+    if verb != "run" and rest and rest[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return
+    VERBS[verb](rest)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        _call(arguments)
+        return 0
+    except _Usage as error:
+        print(f"flora: {error}\n\n{USAGE}", end="", file=sys.stderr)
+        return 2
+    except FloraError as error:
+        if debug:
+            raise
+        print(f"flora: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nflora: stopped. What was written is readable; a run goes on with: flora resume FOLDER", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""The settings of a run: one YAML file, Hugging Face's names first; an unknown key is refused with the nearest known one."""
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from flora.errors import ConfigError
+
+NotNegative = Annotated[int, Field(ge=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+
+
+class PartitionConfig(_Strict):
+    """How rows are dealt to clients: exactly one of by, iid, dirichlet_alpha, shards."""
+
+    by: str | None = None
+    """A column: one client per value, those with the most rows."""
+    iid: bool = False
+    """Evenly, at random."""
+    dirichlet_alpha: PositiveFloat | None = None
+    """Skewed labels: each label's rows in proportions drawn from a Dirichlet."""
+    shards: PositiveInt | None = None
+    """Shards of rows sorted by label, so many a client."""
+    label: str | None = None
+    """The column that dirichlet_alpha and shards skew."""
+
+
+class RunConfig(_Strict):
+    """A federated fine-tuning run. Every field is a key of the YAML file and an option of the command line."""
+
+    model_name_or_path: str = "smollm2-135m"
+    """A fetched name, a folder, a .gguf file, or a name of the hub."""
+    dataset: str = "chitchat"
+    """A fetched name, a .json, .jsonl, .parquet or .csv file or a folder of them, or a name of the hub."""
+    partition: PartitionConfig = PartitionConfig(iid=True)
+    """How rows are dealt to clients."""
+    num_clients: PositiveInt = 8
+    """Clients of the run."""
+    fraction_train: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the clients that train in a round (at least one)."""
+    num_rounds: PositiveInt = 3
+    """Rounds."""
+    strategy: str = "flora"
+    """The aggregation rule: flora, fedit, zeropad, centralized, standalone."""
+    weighting: Literal["examples", "uniform"] = "examples"
+    """What a client counts: its number of training rows, or the same as any other."""
+    lora_r: PositiveInt | list[PositiveInt] = 16
+    """Rank: one for all, or a list that is dealt to the clients in turn."""
+    lora_alpha: PositiveFloat | list[PositiveFloat] | Literal["r", "2r"] = "2r"
+    """Alpha: one for all, a list like lora_r's, or a multiple of each client's rank. scale = alpha / rank."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the input of A."""
+    target_modules: str | list[str] = "all-linear"
+    """Which modules carry adapters: all-linear, or names such as q_proj v_proj."""
+    learning_rate: PositiveFloat = 3e-4
+    """Of AdamW."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up; restarts every round."""
+    warmup_steps: NotNegative = 0
+    """Steps of linear warm-up in each round."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of AdamW."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Clips each client's gradient by its own norm; 0 turns it off."""
+    max_steps: PositiveInt | None = None
+    """Optimiser steps of a client in a round; leave out for num_train_epochs."""
+    num_train_epochs: PositiveFloat | None = None
+    """Passes over a client's rows in a round (1 where neither this nor max_steps is given)."""
+    per_device_train_batch_size: PositiveInt = 4
+    """Sequences in a micro-batch."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Micro-batches in an optimiser step."""
+    max_length: Annotated[int, Field(ge=2)] = 512
+    """Tokens of a sequence; longer ones lose the start of their prompt first."""
+    chat_template: bool = True
+    """Write rows with the tokenizer's chat template, where it has one."""
+    max_examples_per_client: PositiveInt | None = None
+    """Keep at most so many training rows of a client, chosen by the seed."""
+    eval_rows_per_client: NotNegative = 16
+    """Rows held out for each client."""
+    server_eval_rows: PositiveInt = 64
+    """Rows held out for the server's evaluation of the global model."""
+    per_device_eval_batch_size: PositiveInt = 8
+    """Sequences in an evaluation batch."""
+    seed: int = 0
+    """Decides partition, splits, sampling, fresh adapters, order and dropout."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the base; auto: float32 on a CPU, bfloat16 on a GPU. Adapters are float32."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1; auto: a GPU where there is one."""
+    output_dir: str = "runs/flora"
+    """The run folder."""
+    overwrite: bool = False
+    """Replace a run that output_dir holds."""
+    keep_rounds: NotNegative = 1
+    """Keep the adapters of so many of the last rounds."""
+    quiet: bool = False
+    """No progress display, only the final table."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        rules = self.partition.model_dump(exclude={"label"}, exclude_defaults=True)
+        if len(rules) != 1:
+            raise ValueError(f"partition: expected exactly one of by, iid, dirichlet_alpha, shards; got {sorted(rules) or 'none'}")
+        if self.max_steps is not None and self.num_train_epochs is not None:
+            raise ValueError("expected max_steps or num_train_epochs; got both. Leave one out")
+        for name in ("lora_r", "lora_alpha"):
+            value = getattr(self, name)
+            if isinstance(value, list) and len(value) not in (1, self.num_clients):
+                raise ValueError(f"{name}: expected one number, or one a client ({self.num_clients}); got {len(value)}")
+        return self
+
+    def ranks(self) -> list[int]:
+        """Every client's rank, in order."""
+        return self._per_client(self.lora_r)
+
+    def alphas(self) -> list[float]:
+        """Every client's alpha, in order."""
+        if isinstance(self.lora_alpha, str):
+            factor = {"r": 1.0, "2r": 2.0}[self.lora_alpha]
+            return [factor * rank for rank in self.ranks()]
+        return self._per_client(self.lora_alpha)
+
+    def _per_client(self, value: Any) -> list[Any]:
+        values = value if isinstance(value, list) else [value]
+        return values * self.num_clients if len(values) == 1 else values
+
+
+def _problem(error: Mapping[str, Any], known: Mapping[str, Any]) -> str:
+    """One of pydantic's errors as a sentence."""
+    where = ".".join(str(part) for part in error["loc"] if isinstance(part, str) and "[" not in part)
+    if error["type"] == "extra_forbidden":
+        leaf = error["loc"][-1]
+        near = difflib.get_close_matches(str(leaf), known, 1, 0.5)
+        return f"{where}: no such key" + (f"; did you mean {near[0]}?" if near else "")
+    what = error["msg"].removeprefix("Value error, ")
+    return f"{where}: {what}; got {error['input']!r}" if where else what
+
+
+def as_config_error(error: ValidationError, name: str) -> ConfigError:
+    """Pydantic's errors as one paragraph that names every key that is unknown (with the nearest known one) or wrong."""
+    known = {**RunConfig.model_fields, **PartitionConfig.model_fields}
+    problems = list(dict.fromkeys(_problem(e, known) for e in error.errors()))
+    return ConfigError(f"{name}: " + "; ".join(problems) + ".")
+
+
+def parse(settings: Mapping[str, Any], name: str = "the settings") -> RunConfig:
+    """A checked config. Raises ConfigError that names every key that is unknown (with the nearest known one) or wrong."""
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"{name}: expected keys and values; got {type(settings).__name__}")
+    try:
+        return RunConfig.model_validate(dict(settings))
+    except ValidationError as error:
+        raise as_config_error(error, name) from None
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML file. Raises ConfigError where it is missing or is not YAML."""
+    path = Path(path)
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"expected a YAML file at {path}; got {error.strerror or error}. Write one with keys such as "
+                          "model_name_or_path, dataset, num_clients, lora_r.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: expected keys and values; got {type(settings).__name__}")
+    return settings

@@ -1,0 +1,204 @@
+"""A whole federated run in one process: the loop that DESIGN calls the one a newcomer looks for."""
+import contextlib
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from flora.adapter import Adapters, truncate
+from flora.checkpoint import RunFolder
+from flora.client import LocalClient
+from flora.cohort import Cohort, bring_to, resume_at
+from flora.config import RunConfig, load, parse
+from flora.engines.prepare import Job, environment, prepare
+from flora.errors import ConfigError
+from flora.evaluate import evaluate
+from flora.messages import Broadcast, Update, encode
+from flora.nn import applied, merge, target_shapes
+from flora.report import Report
+from flora.server import Server
+from flora.strategies import strategy_named
+
+
+def run(config: RunConfig | Mapping[str, Any] | str | Path, resume: bool = False) -> Path:
+    """Runs a federated fine-tuning and returns its folder.
+
+    config: a RunConfig, its keys and values, or the path of a YAML file. resume: go on after the last whole round of the run
+    in output_dir. Ctrl-C leaves a readable folder. Raises ConfigError, DataError, FetchError, RunError, StrategyError.
+    """
+    if not isinstance(config, RunConfig):
+        config = parse(config) if isinstance(config, Mapping) else parse(load(config), str(config))
+    strategy_named(config.strategy)
+    folder = RunFolder(config.output_dir, config.overwrite, resume)
+    done = folder.state().get("rounds_done", 0) if resume else 0
+    folder.mark("running", done)
+    try:
+        _run(config, folder)
+    except KeyboardInterrupt:
+        folder.mark("interrupted", folder.state().get("rounds_done", 0))
+        raise
+    except BaseException:
+        with contextlib.suppress(Exception):                    # the disk may be full; the first error is the one to show
+            folder.mark("failed", folder.state().get("rounds_done", 0))
+        raise
+    return folder.path
+
+
+def _run(config: RunConfig, folder: RunFolder) -> None:
+    """The run itself, in a folder that is open."""
+    _tune_allocator()
+    folder.describe(yaml.safe_dump(config.model_dump(exclude={"overwrite"}), sort_keys=False), environment())
+    resumed = folder.load_checkpoint()
+    first = resumed.number if resumed else 0
+    with Report(folder.path, config.num_rounds, first, config.quiet) as report:
+        began = time.perf_counter()
+        job = prepare(config, report.say, resumed.base if resumed else None)
+        if resumed:
+            resume_at(job.model, resumed.broadcast.run, resumed.broadcast.version, merged=resumed.base is not None)
+        report.say(f"{len(job.clients)} clients, strategy {config.strategy}, ready in {time.perf_counter() - began:.0f} s")
+        broadcast = resumed.broadcast if resumed else first_broadcast(config, job)
+        server = Server(config.strategy, job.clients, broadcast, config.fraction_train, config.weighting, config.seed)
+        home = dict(resumed.home) if resumed else {}
+        if first == 0:
+            report.add(server_row(0, job, server, home, {}))
+        rounds(config, job, server, report, folder, home, first)
+        if server.broadcast.start is not None:
+            merge(job.model, server.broadcast.start)            # last: nothing trains on this model any more
+        folder.save_model(job.model, job.tokenizer)
+        folder.mark("finished", config.num_rounds)
+    console = Console()
+    for table in report.table():
+        console.print(table)
+    console.print(f"the merged model is in {folder.path / 'model'}, every row in {folder.path / 'metrics.jsonl'}",
+                  highlight=False, soft_wrap=True)
+
+
+def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: RunFolder, home: dict[str, Adapters],
+           first: int) -> None:
+    """The federated loop."""
+    for number in range(first, config.num_rounds):
+        clients = [replace(client, start=home.get(client.name)) for client in server.sample(number)]
+        sent = server.broadcast
+        bring_to(job.model, sent)
+        before = evaluate_clients(job, {c.name: _before(c, sent) for c in clients}, report, f"round {number}: before")
+        cohort = Cohort(job.model, clients, job.train_config, config.target_modules)
+        report.start_clients(f"round {number}: train", len(clients))
+        updates = cohort.fit(sent, on_step=report.on_step)
+        views = {u.client: {**(sent.start or {}), **u.adapters} for u in updates}
+        after = evaluate_clients(job, views, report, f"round {number}: after")
+        home.update({u.client: u.adapters for u in updates} if server.strategy.home else {})
+
+        began = time.perf_counter()
+        server.close(updates)
+        seconds = {"aggregate": time.perf_counter() - began}
+
+        size = 0 if _silent(server) else len(encode(sent))
+        up = 0
+        for client, update in ((c, u) for c in clients for u in updates if u.client == c.name):
+            row = client_row(number, client, update, before[client.name], after[client.name])
+            row |= {"bytes_up": 0 if _silent(server) else len(encode(update)), "bytes_down": size}
+            up += row["bytes_up"]
+            report.add(row)
+        for name, reason in cohort.failures.items():
+            report.add({"kind": "failure", "round": number, "client": name, "reason": reason})
+            report.say(f"round {number}: {name} is left out: {reason}")
+        began = time.perf_counter()
+        folder.save_round(number, updates, server.broadcast, config.keep_rounds, config.model_name_or_path)
+        seconds["save"] = time.perf_counter() - began
+        row = server_row(number + 1, job, server, home, seconds) | {"bytes_up": up, "bytes_down": size * len(clients)}
+        report.add(row)
+        folder.save_checkpoint(job.model, number + 1, server.broadcast, home)
+        folder.mark("running", number + 1)
+        report.say(f"round {number}: held-out loss {row['eval_loss']:.4f}, accuracy {row['eval_accuracy']:.1%}")
+        report.round_done()
+
+
+def first_broadcast(config: RunConfig, job: Job) -> Broadcast:
+    """Strategy.begin for this run's layers and ranks, under a name of the run's own, so merges are counted per run."""
+    shapes = target_shapes(job.model, config.target_modules)
+    ranks = [client.rank for client in job.clients]
+    scale = sum(client.alpha / client.rank for client in job.clients) / len(job.clients)
+    broadcast = strategy_named(config.strategy).begin(shapes, ranks, config.seed, scale)
+    return replace(broadcast, run=secrets.token_hex(8))
+
+
+@contextlib.contextmanager
+def _with_adapters(job: Job, adapters: Adapters | None) -> Iterator[None]:
+    """The model with these adapters on top, or as it is."""
+    with applied(job.model, adapters) if adapters else contextlib.nullcontext():
+        yield
+
+
+def _silent(server: Server) -> bool:
+    """Nothing travels where everything stays at home, or where there is one party."""
+    return server.strategy.home == "AB" or server.strategy.pooled
+
+
+def evaluate_clients(job: Job, views: Mapping[str, Adapters | None], report: Report, what: str) -> dict[str, dict[str, Any]]:
+    """Each client's view of the model (the base and these adapters) on its own held-out rows; None where it has none."""
+    out = {}
+    report.start_clients(what, len(views))
+    for name, adapters in views.items():
+        began = time.perf_counter()
+        out[name] = {"loss": None, "accuracy": None}
+        if job.eval_rows[name]:
+            with _with_adapters(job, adapters):
+                out[name] = evaluate(job.model, job.eval_rows[name], job.eval_batch_size, job.train_config.pad_token_id)
+        out[name]["seconds"] = time.perf_counter() - began
+        report.client_done()
+    return out
+
+
+def _before(client: LocalClient, broadcast: Broadcast) -> Adapters | None:
+    """What a client starts from, as it sees it: cut to its rank. Fresh ranks add nothing yet."""
+    held = client.start if client.start is not None else broadcast.start
+    return held and {name: truncate(adapter, client.rank) for name, adapter in held.items()}
+
+
+def client_row(number: int, client: LocalClient, update: Update, before: Mapping[str, Any],
+               after: Mapping[str, Any]) -> dict[str, Any]:
+    """A client's row of metrics.jsonl. loss: mean training loss over the round's steps; seconds by phase."""
+    metrics = update.metrics
+    return {"kind": "client", "round": number, "client": client.name, "rank": client.rank, "alpha": client.alpha,
+            "num_examples": update.num_examples, "steps": metrics["steps"], "loss": metrics["loss"],
+            "eval_loss_before": before["loss"], "eval_loss_after": after["loss"],
+            "eval_accuracy_before": before["accuracy"], "eval_accuracy_after": after["accuracy"],
+            "tokens_per_second": metrics["tokens_per_second"],
+            "seconds": {"train": metrics["seconds"], "evaluate": before["seconds"] + after["seconds"]}}
+
+
+def server_row(rounds_done: int, job: Job, server: Server, home: Mapping[str, Adapters],
+               seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Merges what is due and evaluates the global model: base and start; without a server, the mean of the clients' own models."""
+    began = time.perf_counter()
+    bring_to(job.model, server.broadcast)
+    merged = time.perf_counter()
+    views = list(home.values()) if server.strategy.home else [server.broadcast.start]
+    results = []
+    for adapters in views or [None]:
+        with _with_adapters(job, adapters):
+            results.append(evaluate(job.model, job.server_rows, job.eval_batch_size, job.train_config.pad_token_id))
+    mean = {name: sum(r[name] for r in results) / len(results) for name in ("loss", "perplexity", "accuracy")}
+    return {"kind": "server", "rounds_done": rounds_done, "eval_loss": mean["loss"], "eval_perplexity": mean["perplexity"],
+            "eval_accuracy": mean["accuracy"], "bytes_up": 0, "bytes_down": 0,
+            "seconds": {**seconds, "merge": merged - began, "evaluate": time.perf_counter() - merged}}
+
+
+def resume(folder: str | Path) -> Path:
+    """Goes on with an unfinished run after its last whole round, with its own config. Raises RunError where there is none."""
+    settings = load(Path(folder) / "config.yaml")
+    if not settings:
+        raise ConfigError(f"expected the resolved config of a run in {folder}; got an empty config.yaml")
+    return run(parse({**settings, "output_dir": str(folder)}), resume=True)
+
+
+def _tune_allocator() -> None:
+    """Lets the C library keep freed memory: otherwise large tensors are mapped, and their pages faulted in, at every step."""
+    with contextlib.suppress(ImportError):
+        from flora import _host
+        _host.tune_allocator()

@@ -1,0 +1,115 @@
+"""From a config to what a run needs: the model, and every client's rows as token ids, with their held-out splits."""
+import logging
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flora import kernels
+from flora.client import LocalClient, TrainConfig
+from flora.config import RunConfig
+from flora.data import Partition, epoch_order, load_model, load_rows, load_tokenizer, partition, split, tokenize_rows
+from flora.errors import ConfigError, DataError
+from flora.strategies import strategy_named
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+Rows = list[dict[str, list[int]]]
+POOLED = "everyone"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run works on. eval_rows: held-out rows by client; server_rows: those of the server."""
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    clients: list[LocalClient]
+    eval_rows: Mapping[str, Rows]
+    server_rows: Rows
+    train_config: TrainConfig
+    eval_batch_size: int
+
+
+def device_and_dtype(config: RunConfig) -> tuple[torch.device, torch.dtype]:
+    """The config's device and dtype with "auto" decided. Raises ConfigError for a device that is not there."""
+    name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device: expected one of this machine; got {name!r} ({str(error).splitlines()[0]}). Use device: auto "
+                          "or cpu.") from error
+    auto = "bfloat16" if device.type == "cuda" else "float32"
+    return device, getattr(torch, auto if config.dtype == "auto" else config.dtype)
+
+
+def train_config(config: RunConfig, pad_token_id: int, steps_factor: int = 1) -> TrainConfig:
+    """The part of a config that a client trains by. steps_factor multiplies max_steps."""
+    return TrainConfig(
+        learning_rate=config.learning_rate, max_steps=config.max_steps and config.max_steps * steps_factor,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps, max_grad_norm=config.max_grad_norm,
+        weight_decay=config.weight_decay, warmup_steps=config.warmup_steps, lr_scheduler_type=config.lr_scheduler_type,
+        lora_dropout=config.lora_dropout, seed=config.seed, num_train_epochs=config.num_train_epochs or 1.0,
+        pad_token_id=pad_token_id)
+
+
+def prepare(config: RunConfig, say: Callable[[str], None], base: Path | None = None) -> Job:
+    """Loads data, tokenizer and model, deals and splits the rows. say gets a line for each step; base: a folder with the
+    weights of a checkpoint, in the place of the original ones.
+
+    A pooled strategy (centralized) gets one client with everybody's rows, the largest rank, and max_steps times the clients.
+    Raises DataError, FetchError, ConfigError.
+    """
+    pooled = strategy_named(config.strategy).pooled
+    device, dtype = device_and_dtype(config)
+    say(f"data: {config.dataset}")
+    rows = load_rows(config.dataset)
+    members = partition(rows, config.num_clients, Partition(**config.partition.model_dump()), config.seed)
+    splits = split(rows, members, config.seed, config.eval_rows_per_client, config.server_eval_rows)
+    empty = [name for name, indices in splits.train.items() if not indices]
+    if empty:
+        raise DataError(f"expected training rows for every client; after the held-out rows, got none for {', '.join(empty)}. "
+                        "Lower num_clients, server_eval_rows or eval_rows_per_client, or bring more rows.")
+    if not splits.server:
+        raise DataError(f"expected held-out rows for the server; got none out of {len(rows)} rows. Raise server_eval_rows, or "
+                        "bring more rows.")
+    say(f"model: {config.model_name_or_path}, {str(dtype).removeprefix('torch.')} on {device}")
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    model = load_model(base or config.model_name_or_path, dtype).to(device)
+
+    def tokens(indices: list[int]) -> Rows:
+        return tokenize_rows(tokenizer, [rows[i] for i in indices], config.max_length, config.chat_template)
+
+    clients, eval_rows = [], {}
+    for (name, indices), rank, alpha in zip(splits.train.items(), config.ranks(), config.alphas(), strict=True):
+        kept = [indices[i] for i in epoch_order(len(indices), config.seed, name, "kept")[:config.max_examples_per_client]]
+        clients.append(LocalClient(name, tokens(sorted(kept)), rank, alpha))
+        eval_rows[name] = tokens(splits.eval[name])
+    if pooled:
+        largest = max(clients, key=lambda client: client.rank)
+        everything = [row for client in clients for row in client.rows]
+        clients = [LocalClient(POOLED, everything, largest.rank, largest.alpha)]
+        eval_rows = {POOLED: [row for rows_ in eval_rows.values() for row in rows_]}
+    factor = max(1, round(config.fraction_train * config.num_clients)) if pooled else 1
+    return Job(model, tokenizer, clients, eval_rows, tokens(splits.server),
+               train_config(config, tokenizer.pad_token_id or 0, factor), config.per_device_eval_batch_size)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processor or card, threads, and which kernel runs each operator: what a result depends on."""
+    versions = {"python": platform.python_version()}
+    for package in ("flora", "torch", "triton", "transformers", "peft", "safetensors", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"versions": versions, "machine": platform.machine(), "threads": torch.get_num_threads(), "gpu": card,
+            "kernels": [choice._asdict() for choice in kernels.table()]}

@@ -1,0 +1,94 @@
+"""Which code runs an operator: `resolve(op, device)` picks a backend, `use(name)` forces one, `table()` says what and why.
+
+The order is fixed: triton, native, reference; the first that has the operator for the device and could be imported is
+taken. A backend is imported when it is first asked for, and one that cannot be is listed with its reason, never hidden.
+"""
+import contextlib
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from flora.errors import BackendError
+
+BACKENDS = ("triton", "native", "reference")
+OPERATORS = ("lora_linear", "lora_linear_backward", "merge_", "stack_")
+
+_forced: str | None = None
+
+
+class Choice(NamedTuple):
+    """What runs one operator on one kind of device, and why."""
+    operator: str
+    device: str
+    backend: str
+    why: str
+
+
+@functools.cache
+def _load(name: str) -> tuple[object | None, str]:
+    """(the backend's module, "") or (None, why it cannot be used here)."""
+    path = f"flora.kernels.{name}"
+    spec = importlib.util.find_spec(path)
+    if spec is None or spec.origin is None:
+        return None, "no operator of it exists in this version"
+    try:
+        return importlib.import_module(path), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+def _missing(name: str, op: str, device: str) -> str:
+    """Why a backend cannot run an operator on a kind of device; "" where it can."""
+    module, why = _load(name)
+    if module is None:
+        return why
+    devices = module.OPERATORS.get(op, ())
+    if device in devices or "*" in devices:
+        return ""
+    return f"it has no {op}" + (f" for {device}, only for {', '.join(devices)}" if devices else "")
+
+
+def _choose(op: str, device: str) -> Choice:
+    reasons = []
+    for name in (_forced,) if _forced else BACKENDS:
+        why = _missing(name, op, device)
+        if not why:
+            return Choice(op, device, name, "forced by kernels.use" if _forced else "; ".join(reasons) or "first choice")
+        reasons.append(f"{name}: {why}")
+    raise BackendError(f"{op} on {device} was forced to run on {_forced!r}, which cannot: {reasons[0]}. "
+                       f"Leave the `with flora.kernels.use({_forced!r})` block, or see `flora doctor`.")
+
+
+def resolve(op: str, device: torch.device | str) -> Callable:
+    """The function that runs an operator on a device. Raises BackendError where a forced backend cannot."""
+    choice = _choose(op, torch.device(device).type)
+    return getattr(_load(choice.backend)[0], op)
+
+
+@contextlib.contextmanager
+def use(name: str) -> Iterator[None]:
+    """Forces a backend ("triton", "native", "reference") for the whole process while the block runs.
+
+    Raises BackendError at once if the backend cannot be imported here, and at the call if it lacks the operator.
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise BackendError(f"expected a backend out of {', '.join(BACKENDS)}; got {name!r}")
+    module, why = _load(name)
+    if module is None:
+        raise BackendError(f"backend {name!r} was asked for and cannot run here: {why}. See `flora doctor`.")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def table() -> list[Choice]:
+    """What each operator uses on the devices of this machine, and why the faster backends are not used."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    return [_choose(op, device) for device in devices for op in OPERATORS if not _forced or not _missing(_forced, op, device)]

@@ -1,0 +1,77 @@
+"""The compiled operators: loads `flora/_native*.so` once and names what it offers.
+
+Importing this module raises ImportError, with the reason, where the extension was not built or cannot be loaded. It
+registers the operators under `torch.ops.flora_native`; nothing else may reach for that namespace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+OPERATORS = {"merge_": ("cpu",), "stack_": ("cpu",)}
+
+_BUILD = (
+    "to build it: install torch>=2.10, ninja, pybind11 and a C++ compiler, "
+    "then run `pip install --no-build-isolation -e .`"
+)
+
+
+def _load() -> Path:
+    """Load the library that lies beside the package; raise ImportError saying why it cannot be."""
+    folder = Path(__file__).resolve().parent.parent
+    found = sorted(path for pattern in ("_native*.so", "_native*.pyd") for path in folder.glob(pattern))
+    if not found:
+        raise ImportError(f"the native extension is not built: no _native*.so in {folder}; {_BUILD}")
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise ImportError(f"expected one native extension in {folder}, found {names}; remove the stale ones")
+    try:
+        torch.ops.load_library(str(found[0]))
+    except (OSError, RuntimeError) as error:
+        reason = error.__cause__ or error
+        raise ImportError(
+            f"{found[0]} was built but does not load under torch {torch.__version__}: {reason}; {_BUILD}"
+        ) from error
+    missing = [name for name in OPERATORS if not hasattr(torch.ops.flora_native, name)]
+    if missing:
+        raise ImportError(f"{found[0]} lacks {', '.join(missing)}: it was built from other sources; {_BUILD}")
+    return found[0]
+
+
+LIBRARY = _load()
+
+
+def merge_(weight: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> None:
+    """weight += B diag(scale) A, in place.
+
+    A tile of sums stays in registers over all ranks and meets the weight once: fp32 accumulation (fp64 for an fp64
+    weight, or one of at most 4096 elements), one rounding to nearest even, no dense product, the same bits for any
+    number of threads. Scratch: both factors in the accumulation type.
+
+    weight (out, in), A (r, in), B (out, r) in fp32, fp64, fp16 or bf16 each, any strides; scale (r,) fp32.
+    Raises RuntimeError if a shape, a dtype or a device does not fit. Does not bump the version counter of weight.
+    """
+    torch.ops.flora_native.merge_.default(weight, A, B, scale)
+
+
+def stack_(
+    out_A: Tensor,
+    out_B: Tensor,
+    out_scale: Tensor,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scales: Sequence[Tensor],
+) -> None:
+    """out_A, out_B, out_scale = the ranks of all adapters, one after another.
+
+    Every line of the outputs is written once, in order; equal dtypes copy bit for bit, others convert as PyTorch does.
+
+    out_A (R, in), out_B (out, R), out_scale (R,) fp32; As[k] (r_k, in), Bs[k] (out, r_k), scales[k] (r_k,) with
+    R the sum of r_k; fp32, fp64, fp16 or bf16, any strides. The outputs must not overlap the inputs.
+    Raises RuntimeError if a shape, a dtype or a device does not fit. Does not bump any version counter.
+    """
+    torch.ops.flora_native.stack_.default(out_A, out_B, out_scale, list(As), list(Bs), list(scales))

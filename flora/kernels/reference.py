@@ -1,0 +1,154 @@
+"""The specification of every operator, in plain PyTorch; also the floor that no faster backend may fall below.
+
+    y = x Wᵀ + bias + h Bᵀ,   h = (dropout(x) Aᵀ) · scale        frozen ranks: + ((x Fᵀ) · scale_F) Gᵀ
+
+`A` is (R, K), `B` is (N, R), `scale` is fp32 (R,), `weight` is (N, K), `x` is (M, K). Products run in x's dtype, `scale` is
+applied in fp32. ΔW is never formed. With offsets, rows `row_offsets[k]:row_offsets[k + 1]` use the ranks
+`rank_offsets[k]:rank_offsets[k + 1]`, and `h` holds them from column 0 on; without offsets there is one segment.
+
+Dropout is a pure function of (row key, column), so the backward pass repeats the mask of the forward pass, nothing is
+stored, and a row has the same mask in whatever batch it stands. The mixer is the 32-bit finaliser of MurmurHash3.
+"""
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+OPERATORS = {"lora_linear": ("*",), "lora_linear_backward": ("*",), "merge_": ("*",), "stack_": ("*",)}
+
+_SIGN = 1 << 31
+
+
+def _signed(value: int) -> int:
+    """The int32 that has the bits of an unsigned 32-bit constant."""
+    return value - (1 << 32) if value & _SIGN else value
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int32 (torch's own is arithmetic)."""
+    return (z >> bits) & ((1 << (32 - bits)) - 1)
+
+
+def _mix32(z: Tensor) -> Tensor:
+    z = (z ^ _shift(z, 16)) * _signed(0x85EBCA6B)
+    z = (z ^ _shift(z, 13)) * _signed(0xC2B2AE35)
+    return z ^ _shift(z, 16)
+
+
+def dropout_mask(keys: Tensor, columns: int, dropout: float, dtype: torch.dtype) -> Tensor:
+    """0 or 1 / (1 - dropout) for each (row, column), a pure function of the row's key and the column.
+
+    keys: int64 (M,). Returns (M, columns) in dtype. An element is dropped where its 24-bit draw is under dropout · 2²⁴.
+    """
+    low, high = keys.to(torch.int32)[:, None], (keys >> 32).to(torch.int32)[:, None]
+    column = torch.arange(columns, dtype=torch.int32, device=keys.device) * _signed(0x9E3779B1)
+    draw = _shift(_mix32(_mix32(column ^ low) ^ high), 8)
+    return (draw >= round(dropout * (1 << 24))).to(dtype) / (1.0 - dropout)
+
+
+def _segments(rows: int, ranks: int, row_offsets: Tensor | None,
+              rank_offsets: Tensor | None) -> Iterator[tuple[int, slice, slice]]:
+    """(client, its rows, its ranks); one segment that holds everything where there are no offsets."""
+    if row_offsets is None or rank_offsets is None:
+        yield 0, slice(0, rows), slice(0, ranks)
+        return
+    row, rank = row_offsets.tolist(), rank_offsets.tolist()
+    for k in range(len(row) - 1):
+        yield k, slice(row[k], row[k + 1]), slice(rank[k], rank[k + 1])
+
+
+def _frozen_ranks(k: int, frozen: Sequence[Tensor], ranges: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The frozen A, B, scale that client k's rows see: a range of the shared buffers, or all of them."""
+    A, B, scale = frozen
+    if ranges is None:
+        return A, B, scale
+    start, stop = ranges[k].tolist()
+    return A[start:stop], B[:, start:stop], scale[start:stop]
+
+
+def _shrink(x: Tensor, A: Tensor, scale: Tensor) -> Tensor:
+    """(x Aᵀ) · scale, the product in x's dtype and the scaling in fp32 (fp64 for fp64)."""
+    return ((x @ A.to(x.dtype).T) * scale).to(x.dtype)
+
+
+def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: Tensor,
+                frozen: Sequence[Tensor], row_offsets: Tensor | None, rank_offsets: Tensor | None,
+                frozen_ranges: Tensor | None, width: int, dropout: float,
+                keys: Tensor | None) -> tuple[Tensor, Tensor]:
+    """y = x Wᵀ + bias + h Bᵀ, and h for the backward pass.
+
+    x (M, K); frozen is () or (A, B, scale) of ranks that do not train; width is the largest rank of a client.
+    Returns y (M, N) and h (M, width), both in x's dtype.
+    """
+    y = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    h = x.new_zeros(x.shape[0], width) if row_offsets is not None else None
+    dropped = x * dropout_mask(keys, x.shape[1], dropout, x.dtype) if keys is not None else x
+    for k, rows, ranks in _segments(x.shape[0], A.shape[0], row_offsets, rank_offsets):
+        part = _shrink(dropped[rows], A[ranks], scale[ranks])
+        y[rows].addmm_(part, B[:, ranks].to(x.dtype).T)
+        if h is None:
+            h = part
+        else:
+            h[rows, :part.shape[1]] = part
+        if frozen:
+            fA, fB, fscale = _frozen_ranks(k, frozen, frozen_ranges)
+            y[rows].addmm_(_shrink(x[rows], fA, fscale), fB.to(x.dtype).T)
+    return y, h
+
+
+def lora_linear_backward(dy: Tensor, x: Tensor | None, h: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: Tensor,
+                         frozen: Sequence[Tensor], row_offsets: Tensor | None, rank_offsets: Tensor | None,
+                         frozen_ranges: Tensor | None, dropout: float, keys: Tensor | None,
+                         needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """dh = (dy B) · scale;  dx = dy W + dropout(dh A);  dA = dhᵀ dropout(x);  dB = dyᵀ h.
+
+    dy (M, N); needs says which of dx, dA, dB to compute (an empty tensor stands for one that is not).
+    x may be None where dA is not needed. Returns dx (M, K) in dy's dtype, dA (R, K), dB (N, R) in the factors' dtypes.
+    """
+    need_x, need_A, need_B = needs
+    dtype, columns = dy.dtype, weight.shape[1]
+    dx = dy @ weight.to(dtype) if need_x else dy.new_empty(0)
+    dA = torch.empty_like(A, memory_format=torch.contiguous_format) if need_A else A.new_empty(0)
+    dB = torch.empty_like(B, memory_format=torch.contiguous_format) if need_B else B.new_empty(0)
+    mask = dropout_mask(keys, columns, dropout, dtype) if keys is not None else None
+    for k, rows, ranks in _segments(dy.shape[0], A.shape[0], row_offsets, rank_offsets):
+        dy_k = dy[rows]
+        dh = _shrink(dy_k, B[:, ranks].T, scale[ranks]) if need_x or need_A else None
+        if need_x and mask is None:
+            dx[rows].addmm_(dh, A[ranks].to(dtype))
+        elif need_x:
+            dx[rows].addcmul_(dh @ A[ranks].to(dtype), mask[rows])
+        if need_x and frozen:
+            fA, fB, fscale = _frozen_ranks(k, frozen, frozen_ranges)
+            dx[rows].addmm_(_shrink(dy_k, fB.T, fscale), fA.to(dtype))
+        if need_A:
+            dA[ranks] = (dh.T @ (x[rows] if mask is None else x[rows] * mask[rows])).to(A.dtype)
+        if need_B:
+            dB[:, ranks] = (dy_k.T @ h[rows, :ranks.stop - ranks.start]).to(B.dtype)
+    return dx, dA, dB
+
+
+def merge_(weight: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> None:
+    """W += B diag(scale) A, summed over all ranks in fp32 (fp64 for fp64 weights) and rounded once.
+
+    weight (N, K), any strides; A (R, K); B (N, R); scale (R,). Forms the product block of rows by block of rows, so the
+    scratch is bounded by 256 rows.
+    """
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    A = A.to(dtype)
+    for start in range(0, weight.shape[0], 256):
+        rows = slice(start, start + 256)
+        weight[rows] = torch.addmm(weight[rows].to(dtype), B[rows].to(dtype) * scale.to(dtype), A).to(weight.dtype)
+
+
+def stack_(out_A: Tensor, out_B: Tensor, out_scale: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor],
+           scales: Sequence[Tensor]) -> None:
+    """Concatenates the ranks of many adapters into preallocated buffers, in the order given.
+
+    out_A (R, K), out_B (N, R), out_scale (R,), R the sum of the ranks; As[k] (r_k, K), Bs[k] (N, r_k), scales[k] (r_k,).
+    """
+    start = 0
+    for A, B, scale in zip(As, Bs, scales, strict=True):
+        stop = start + A.shape[0]
+        out_A[start:stop], out_B[:, start:stop], out_scale[start:stop] = A, B, scale
+        start = stop

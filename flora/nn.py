@@ -1,0 +1,300 @@
+"""The drop-in layer, and the five verbs on a model: attach, adapters, load_adapters, merge, detach.
+
+A target module is wrapped, not rebuilt: the wrapper holds the original module as `base`, so weights stay tied as they were,
+nothing is copied, and detach puts back the very same object. Targets are `nn.Linear` and GPT-2's `Conv1D` (whose weight is
+stored transposed).
+"""
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from flora import ops
+from flora.adapter import Adapter, Adapters, fresh
+from flora.errors import TargetError
+from flora.seeds import derive
+
+
+@dataclass
+class Routing:
+    """What the layers of one model must know of the batch: shared by all, set before a forward pass.
+
+    segments: which rows and ranks are whose (None: one client). row_keys: int64 (rows,) keys for dropout (None: drawn).
+    """
+    segments: ops.Segments | None = None
+    row_keys: Tensor | None = None
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    """The weight as (out, in): a transposed view for Conv1D, so that writing to it writes to the parameter."""
+    return module.weight.T if _is_conv1d(module) else module.weight
+
+
+class LoRALinear(nn.Module):
+    """y = base(x) + ((dropout(x) Aᵀ) · scale) Bᵀ, without ΔW.
+
+    base: nn.Linear or Conv1D, its weight frozen here; A (rank, in) and B (out, rank) train; scale fp32 (rank,) does not.
+    dtype: of A and B; None: fp32, or fp64 beside an fp64 weight. Raises TargetError for other modules. arXiv 2106.09685.
+    """
+
+    def __init__(self, base: nn.Module, rank: int = 16, alpha: float = 32, dropout: float = 0.0,
+                 dtype: torch.dtype | None = None):
+        super().__init__()
+        if not (type(base) is nn.Linear or _is_conv1d(base)) or not base.weight.is_floating_point():
+            raise TargetError(f"expected an nn.Linear or Conv1D with a floating-point weight; got {type(base).__name__}. "
+                              "Leave it out of targets.")
+        if not 0.0 <= dropout < 1.0:
+            raise TargetError(f"expected a dropout in [0, 1); got {dropout}")
+        self.base, self.dropout, self.routing, self.name = base, dropout, Routing(), ""
+        self.frozen: ops.Frozen | None = None
+        weight = _matrix(base)
+        dtype = dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        start = fresh(tuple(weight.shape), rank, alpha, int(torch.randint(1 << 62, ()))).to(weight.device, dtype)
+        self.A, self.B = nn.Parameter(start.A), nn.Parameter(start.B)
+        self.register_buffer("scale", start.scale)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    @property
+    def in_features(self) -> int:
+        return self.A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.B.shape[0]
+
+    @property
+    def adapter(self) -> Adapter:
+        """A, B and scale as they are now: detached copies."""
+        return Adapter(self.A.detach().clone(), self.B.detach().clone(), self.scale.clone())
+
+    def load(self, adapter: Adapter) -> None:
+        """Takes an adapter of any rank; parameters are written in place where the rank is the same, replaced where it is not."""
+        with torch.no_grad():
+            for name, value in (("A", adapter.A), ("B", adapter.B)):
+                old = getattr(self, name)
+                if old.shape == value.shape:
+                    old.copy_(value)
+                else:
+                    new = value.detach().to(old.device, old.dtype, copy=True)
+                    setattr(self, name, nn.Parameter(new, requires_grad=old.requires_grad))
+            self.scale = adapter.scale.detach().to(self.scale.device, copy=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        seed = self.routing.row_keys
+        if dropout and seed is not None:                       # layers of one batch draw different masks
+            seed = ops.row_keys(seed, derive(self.name))
+        return ops.lora_linear(x, _matrix(self.base), self.A, self.B, self.scale, self.base.bias,
+                               row_offsets=self.routing.segments, frozen=self.frozen, dropout=dropout, seed=seed)
+
+    def _apply(self, fn, recurse: bool = True):
+        scale = self.scale
+        super()._apply(fn, recurse)
+        self.scale = scale.to(self.scale.device)               # model.half() must not round alpha / rank
+        return self
+
+    def extra_repr(self) -> str:
+        return f"rank={self.A.shape[0]}, dropout={self.dropout}"
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The attached layers by qualified name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module that could carry an adapter, by qualified name."""
+    return {name: module for name, module in model.named_modules() if type(module) is nn.Linear or _is_conv1d(module)}
+
+
+def _heads(model: nn.Module) -> list[nn.Module]:
+    """The output embedding and the classification heads: what "all-linear" leaves out, as PEFT does."""
+    get = getattr(model, "get_output_embeddings", None)
+    heads = [get()] if callable(get) else []
+    return heads + [m for n, m in model.named_modules() if n in ("score", "classifier") and callable(get)]
+
+
+def _layer_index(name: str) -> int | None:
+    return int(found[1]) if (found := re.search(r"(?:^|\.)(\d+)\.", name)) else None
+
+
+def target_shapes(model: nn.Module, targets: str | Sequence[str] = "all-linear",
+                  layers: Sequence[int] | None = None) -> dict[str, tuple[int, int]]:
+    """(out, in) of every layer that attach would give an adapter, by qualified name.
+
+    targets: "all-linear", or module names or their last parts ("q_proj"); layers: only blocks with these indices.
+    Raises TargetError where nothing, or one of the names, matches; it lists what exists.
+    """
+    linears = {n[:-5] if n.endswith(".base") and isinstance(model.get_submodule(n[:-5]), LoRALinear) else n: m
+               for n, m in _linears(model).items()}
+    exist = ", ".join(sorted({name.split(".")[-1] for name in linears})) or "none"
+    if targets == "all-linear":
+        heads = _heads(model)
+        chosen = {name: m for name, m in linears.items() if not any(m is head for head in heads)}
+    else:
+        wanted = (targets,) if isinstance(targets, str) else tuple(targets)
+        for target in wanted:
+            if not any(name == target or name.endswith("." + target) for name in linears):
+                raise TargetError(f"no linear module is named {target!r}; this model has: {exist}. Name some of these, or "
+                                  'use "all-linear".')
+        chosen = {name: m for name, m in linears.items() if any(name == t or name.endswith("." + t) for t in wanted)}
+    if layers is not None:
+        chosen = {name: m for name, m in chosen.items() if _layer_index(name) in set(layers)}
+    if not chosen:
+        raise TargetError(f"expected at least one layer for targets={targets!r}, layers={layers}; found none. "
+                          f"Linear modules of this model: {exist}; blocks: "
+                          f"{sorted({i for n in linears if (i := _layer_index(n)) is not None})}.")
+    _refuse_tied(model, chosen)
+    return {name: tuple(_matrix(module).shape) for name, module in chosen.items()}
+
+
+def _refuse_tied(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
+    """Raises TargetError where a chosen module shares its weight with another module: a merge into one would change both."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    for name, module in chosen.items():
+        others = [n for n in owners[id(module.weight)] if n not in (name, f"{name}.base")]
+        if others:
+            raise TargetError(f"{name} shares its weight with {', '.join(others)}: an adapter merged into one would change "
+                              "both. Leave it out of targets, or untie the weights first (give one a copy, and set "
+                              "config.tie_word_embeddings = False).")
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts new where old is, under every parent: a shared module has several."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old and parent is not new:
+                parent._modules[name] = new
+
+
+def attach(model: nn.Module, rank: int = 16, alpha: float = 32, targets: str | Sequence[str] = "all-linear",
+           dropout: float = 0.0, dtype: torch.dtype | None = None, layers: Sequence[int] | None = None) -> nn.Module:
+    """Gives every target layer a fresh adapter and freezes everything else. Changes the model in place and returns it.
+
+    alpha: the user's number; scale = alpha / rank. targets, layers: see target_shapes. dtype of A and B: fp32 unless given.
+    Raises TargetError where nothing matches, a target is tied, or adapters are attached already; AdapterError for a rank < 1.
+    """
+    if lora_layers(model):
+        raise TargetError("adapters are attached to this model already. Call flora.detach(model) first.")
+    names = target_shapes(model, targets, layers)
+    if "" in names:
+        raise TargetError("the model is itself one linear module, which cannot be replaced inside itself. Use "
+                          "flora.LoRALinear(module), or wrap it in nn.Sequential.")
+    _wrap(model, {name: LoRALinear(model.get_submodule(name), rank, alpha, dropout, dtype) for name in names})
+    return model
+
+
+def _wrap(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
+    """Puts the layers in the place of their bases and freezes everything else; remembers what trained."""
+    model._flora_required_grad = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    routing = Routing()
+    for name, layer in layers.items():
+        layer.name, layer.routing = name, routing
+        layer.train(layer.base.training)
+        _replace(model, layer.base, layer)
+
+
+@contextlib.contextmanager
+def applied(model: nn.Module, adapters: Adapters, dropout: float = 0.0) -> Iterator[dict[str, LoRALinear]]:
+    """The model with exactly these adapters attached while the block runs, whatever their ranks and layers; then detached.
+
+    Gives the attached layers by name. Raises TargetError for layers that do not exist or do not fit.
+    """
+    if lora_layers(model):
+        raise TargetError("adapters are attached to this model already. Call flora.detach(model) first.")
+    layers = {}
+    for name, base in _bases(model, adapters).items():
+        layers[name] = LoRALinear(base, adapters[name].rank, dropout=dropout)
+        layers[name].load(adapters[name])
+    _wrap(model, layers)
+    try:
+        yield layers
+    finally:
+        detach(model)
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Puts the original modules back and lets train what trained before attach. The base is as it was; adapters are dropped."""
+    for layer in lora_layers(model).values():
+        _replace(model, layer, layer.base)
+    for parameter in model.__dict__.pop("_flora_required_grad", []):
+        parameter.requires_grad_(True)
+    return model
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The attached adapters by qualified layer name: detached copies. Raises TargetError where none are attached."""
+    layers = lora_layers(model)
+    if not layers:
+        raise TargetError("no adapters are attached to this model. Call flora.attach(model) first.")
+    return {name: layer.adapter for name, layer in layers.items()}
+
+
+def load_adapters(model: nn.Module, adapters: Adapters) -> nn.Module:
+    """Writes adapters, of any ranks, into the attached layers. Checks all of them before it writes one.
+
+    Raises TargetError where the layers are not those attached, or a shape is not its layer's.
+    """
+    layers = lora_layers(model)
+    if set(layers) != set(adapters):
+        raise TargetError(f"expected adapters for the {len(layers)} attached layers; got {len(adapters)}. Without an adapter: "
+                          f"{sorted(set(layers) - set(adapters))[:5]}; not attached: {sorted(set(adapters) - set(layers))[:5]}.")
+    for name, layer in layers.items():
+        _check_shape(name, adapters[name], (layer.out_features, layer.in_features))
+    for name, layer in layers.items():
+        layer.load(adapters[name])
+    return model
+
+
+def _check_shape(name: str, adapter: Adapter, shape: tuple[int, int]) -> None:
+    if adapter.shape != shape:
+        raise TargetError(f"{name}: expected an adapter for (out, in) = {shape}; got {adapter.shape}, of another model")
+
+
+def _bases(model: nn.Module, adapters: Adapters) -> dict[str, nn.Module]:
+    """The linear module of every adapter, checked: it exists, fits, and shares its weight with no other module."""
+    modules = dict(model.named_modules())
+    bases = {}
+    for name, adapter in adapters.items():
+        module = modules.get(name)
+        base = module.base if isinstance(module, LoRALinear) else module
+        if base is None or not (type(base) is nn.Linear or _is_conv1d(base)):
+            raise TargetError(f"expected a linear module named {name!r} in the model; got "
+                              f"{'none' if base is None else type(base).__name__}. Was the adapter made for another model?")
+        _check_shape(name, adapter, tuple(_matrix(base).shape))
+        bases[name] = base
+    _refuse_tied(model, bases)
+    return bases
+
+
+def merge(model: nn.Module, adapters: Adapters) -> nn.Module:
+    """W += B diag(scale) A for every layer named, in place, one pass over each weight. Adapters attached stay as they are.
+
+    Checks every name and shape before it writes one weight, so a refused merge leaves the model as it was.
+    Raises TargetError for a layer that does not exist, does not fit, or shares its weight with another module.
+    """
+    with torch.no_grad():
+        for name, base in _bases(model, adapters).items():
+            weight = _matrix(base)
+            adapter = adapters[name].to(weight.device)
+            ops.merge_(weight, adapter.A, adapter.B, adapter.scale)
+    return model

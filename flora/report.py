@@ -1,0 +1,118 @@
+"""What a run says: rows in metrics.jsonl as they come, progress while it works, and one table at the end."""
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from flora.checkpoint import disk_errors
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl; a line that a crash cut short is left out."""
+    rows = []
+    path = Path(folder) / "metrics.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:.2f}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+class Report:
+    """Rows and progress of one run; a context manager while the run works.
+
+    folder: the run folder; rounds, clients: how many; first: the round it starts or goes on at: rows of later rounds, which a
+    crash left, are dropped.
+    """
+
+    def __init__(self, folder: Path, rounds: int, first: int = 0, quiet: bool = False):
+        self.folder, self.path, self.quiet = folder, folder / "metrics.jsonl", quiet
+        self.console = Console(stderr=True)
+        self.rows = [row for row in read_metrics(folder) if row.get("round", row.get("rounds_done", 1) - 1) < first]
+        with disk_errors(folder):
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        self.progress = Progress(TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                                 TimeRemainingColumn(), console=self.console, transient=True, disable=quiet)
+        self._rounds = self.progress.add_task("rounds", total=rounds, completed=first)
+        self._clients = self.progress.add_task("clients", total=None, visible=False)
+        self._steps = self.progress.add_task("steps", total=None, visible=False)
+
+    def __enter__(self) -> "Report":
+        self.progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.progress.stop()
+
+    def say(self, text: str) -> None:
+        """One line for the person who waits; kept above the progress display."""
+        if not self.quiet:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Appends a row and flushes it: after a crash or Ctrl-C the file is readable up to the last row."""
+        self.rows.append(dict(row))
+        with disk_errors(self.folder), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def start_clients(self, what: str, count: int) -> None:
+        self.progress.update(self._clients, description=what, total=count, completed=0, visible=True)
+
+    def client_done(self) -> None:
+        self.progress.advance(self._clients)
+
+    def on_step(self, client: str, step: int, steps: int, loss: float) -> None:
+        """Shows a client's step; Cohort.fit calls it."""
+        self.progress.update(self._steps, description=f"  {client[:16]:<16} loss {loss:.3f}", total=steps, completed=step,
+                             visible=step < steps)
+        if step == steps:
+            self.client_done()
+
+    def round_done(self) -> None:
+        self.progress.advance(self._rounds)
+        self.progress.update(self._clients, visible=False)
+
+    def table(self) -> list[Table]:
+        """The run at a glance: the global model by round, and every client before and after."""
+        return summary(self.rows)
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Two rich tables of a run's rows: the server by round; the clients by rank, before their first and after their last round."""
+    server = Table(title="global model, held-out completions", title_justify="left")
+    for name in ("rounds done", "loss", "perplexity", "accuracy", "MB up", "MB down", "seconds"):
+        server.add_column(name, justify="right")
+    for row in (row for row in rows if row["kind"] == "server"):
+        server.add_row(str(row["rounds_done"]), _number(row["eval_loss"]), f"{row['eval_perplexity']:.2f}",
+                       f"{row['eval_accuracy']:.1%}", _megabytes(row["bytes_up"]), _megabytes(row["bytes_down"]),
+                       f"{sum(row['seconds'].values()):.1f}")
+    clients = Table(title="clients, their own held-out completions", title_justify="left")
+    for name in ("client", "rank", "rows", "loss before", "loss after", "MB up", "MB down", "tokens/s", "seconds"):
+        clients.add_column(name, justify="left" if name == "client" else "right")
+    names = list(dict.fromkeys(row["client"] for row in rows if row["kind"] == "client"))
+    for name in names:
+        mine = [row for row in rows if row["kind"] == "client" and row["client"] == name]
+        clients.add_row(name, str(mine[0]["rank"]), str(mine[0]["num_examples"]), _number(mine[0]["eval_loss_before"]),
+                        _number(mine[-1]["eval_loss_after"]), _megabytes(sum(r["bytes_up"] for r in mine)),
+                        _megabytes(sum(r["bytes_down"] for r in mine)),
+                        f"{statistics.median(r['tokens_per_second'] for r in mine):.0f}",
+                        f"{sum(sum(r['seconds'].values()) for r in mine):.1f}")
+    failed = [row for row in rows if row["kind"] == "failure"]
+    if failed:
+        clients.caption = "left out: " + "; ".join(f"{row['client']} in round {row['round']}" for row in failed)
+    return [server, clients]
