@@ -1,0 +1,52 @@
+# Every target sets up what it needs: a virtual environment in .venv with the tested versions of constraints.txt.
+#   make demo     fine-tune SmolLM2-135M over eight clients of ranks 64 to 4 (downloads about 100 MB once)
+#   make test     all tests        make check   lint        make bench   benchmarks of this machine
+#   make aot      compile the Triton kernels for sm_90 without a GPU    make docs   the documentation, in site/
+# PYTHON=python3.12 chooses an interpreter; TORCH_INDEX=URL a package index for torch (the CPU builds of pytorch.org are smaller).
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+STAMP := $(VENV)/.installed
+NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+
+.PHONY: install check test demo bench aot docs clean
+install: $(STAMP)
+
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "flora needs Python 3.10 or newer; '$(PYTHON)' is not. Say which: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' || \
+	  { echo "'$(PYTHON)' lacks its venv module; on Debian: apt install python3-venv"; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) install --quiet -c constraints.txt numpy setuptools wheel ninja pybind11
+	@touch $@
+
+$(STAMP): $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+check: install
+	$(PY) -m ruff check .
+
+test: install
+	$(PY) -m pytest
+
+demo: install
+	$(VENV)/bin/flora run flora/demo.yaml --overwrite
+
+bench: install
+	$(PY) -m benchmarks.bench_lora_linear
+	$(PY) -m benchmarks.bench_merge
+
+aot: install
+	$(PY) dev/aot.py
+
+docs: install
+	$(PIP) install --quiet -c constraints.txt '.[docs]' --no-build-isolation
+	$(PY) -m mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) build site *.egg-info flora/*.so
