@@ -17,7 +17,7 @@ class _Strict(BaseModel):
 
 
 class PartitionConfig(_Strict):
-    """How rows are dealt to clients: exactly one of by, iid, dirichlet_alpha, shards."""
+    """How rows are dealt to clients: one of by, iid, dirichlet_alpha, shards; evenly at random where none is given."""
 
     by: str | None = None
     """A column: one client per value, those with the most rows."""
@@ -38,7 +38,7 @@ class RunConfig(_Strict):
     """A fetched name, a folder, a .gguf file, or a name of the hub."""
     dataset: str = "chitchat"
     """A fetched name, a .json, .jsonl, .parquet or .csv file or a folder of them, or a name of the hub."""
-    partition: PartitionConfig = PartitionConfig(iid=True)
+    partition: PartitionConfig = PartitionConfig()
     """How rows are dealt to clients."""
     num_clients: PositiveInt = 8
     """Clients of the run."""
@@ -106,8 +106,8 @@ class RunConfig(_Strict):
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
         rules = self.partition.model_dump(exclude={"label"}, exclude_defaults=True)
-        if len(rules) != 1:
-            raise ValueError(f"partition: expected exactly one of by, iid, dirichlet_alpha, shards; got {sorted(rules) or 'none'}")
+        if len(rules) > 1:
+            raise ValueError(f"partition: expected one of by, iid, dirichlet_alpha, shards; got {', '.join(rules)}")
         if self.max_steps is not None and self.num_train_epochs is not None:
             raise ValueError("expected max_steps or num_train_epochs; got both. Leave one out")
         for name in ("lora_r", "lora_alpha"):

@@ -71,7 +71,8 @@ def prepare(config: RunConfig, say: Callable[[str], None], base: Path | None = N
     device, dtype = device_and_dtype(config)
     say(f"data: {config.dataset}")
     rows = load_rows(config.dataset)
-    members = partition(rows, config.num_clients, Partition(**config.partition.model_dump()), config.seed)
+    rule = config.partition.model_dump(exclude_defaults=True) or {"iid": True}
+    members = partition(rows, config.num_clients, Partition(**rule), config.seed)
     splits = split(rows, members, config.seed, config.eval_rows_per_client, config.server_eval_rows)
     empty = [name for name, indices in splits.train.items() if not indices]
     if empty:

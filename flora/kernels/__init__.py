@@ -34,7 +34,7 @@ def _load(name: str) -> tuple[object | None, str]:
     path = f"flora.kernels.{name}"
     spec = importlib.util.find_spec(path)
     if spec is None or spec.origin is None:
-        return None, "no operator of it exists in this version"
+        return None, "not part of this version"
     try:
         return importlib.import_module(path), ""
     except ImportError as error:

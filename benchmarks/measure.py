@@ -1,0 +1,71 @@
+"""How every benchmark measures: variants interleaved, medians and quartiles, ratios in one run, peak memory, JSON beside the table."""
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from flora import kernels
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(variants: Mapping[str, Callable[[], object]], repeats: int = 15, warmup: int = 3) -> dict[str, list[float]]:
+    """Seconds of every call, the variants taking turns, so that a slow spell of the machine hits all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(warmup + repeats):
+        for name, call in variants.items():
+            began = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if number >= warmup:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def rows_of(case: str, seconds: Mapping[str, list[float]], against: str, limit: float | None = None) -> list[dict]:
+    """One row a variant: median and quartiles in ms, its time as a multiple of `against`'s and of the limit's (seconds)."""
+    base = statistics.median(seconds[against])
+    out = []
+    for name, values in seconds.items():
+        low, middle, high = statistics.quantiles(values, n=4)
+        out.append({"case": case, "variant": name, "ms": middle * 1e3, "ms_low": low * 1e3, "ms_high": high * 1e3,
+                    "times_" + against: middle / base, "times_limit": middle / limit if limit else None})
+    return out
+
+
+def device_name() -> str:
+    """The card's name, or how many cores the CPU run used."""
+    return torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else f"cpu-{torch.get_num_threads()}-threads"
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read plus written, of copying 256 MB: the limit of what a merge can reach."""
+    source = torch.empty(64 << 20)
+    target = torch.empty_like(source)
+    values = interleaved({"copy": lambda: target.copy_(source)}, 7, 2)["copy"]
+    return 2 * source.nbytes / statistics.median(values)
+
+
+def publish(name: str, rows: list[dict], against: str) -> None:
+    """Prints the table and writes benchmarks/results/<device>/<name>.json with the versions that it depends on."""
+    table = Table(title=f"{name} on {device_name()}", title_justify="left")
+    columns = ["case", "variant", "ms", "quartiles", f"x {against}", "x limit"]
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("case", "variant") else "right")
+    for row in rows:
+        limit = row["times_limit"]
+        table.add_row(row["case"], row["variant"], f"{row['ms']:.3f}", f"{row['ms_low']:.3f} – {row['ms_high']:.3f}",
+                      f"{row['times_' + against]:.2f}", f"{limit:.2f}" if limit else "–")
+    Console(width=132).print(table)
+    folder = RESULTS / device_name()
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads(),
+             "kernels": [choice._asdict() for choice in kernels.table()]}
+    (folder / f"{name}.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
