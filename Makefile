@@ -45,7 +45,7 @@ aot: install
 	$(PY) dev/aot.py
 
 docs: install
-	$(PIP) install --quiet -c constraints.txt '.[docs]' --no-build-isolation
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev,docs]'
 	$(PY) -m mkdocs build --strict
 
 clean:

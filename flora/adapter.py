@@ -12,6 +12,7 @@ Reference: FLoRA, arXiv 2409.05976, section 3.
 """
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import TypeAlias
 
 import torch
@@ -37,6 +38,8 @@ class Adapter:
         if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or A.shape[0] == 0:
             raise AdapterError(f"expected A (rank, in) and B (out, rank) of one rank >= 1; got A {tuple(A.shape)}, "
                                f"B {tuple(B.shape)}")
+        if not (A.is_floating_point() and B.is_floating_point()):
+            raise AdapterError(f"expected A and B of a floating-point dtype; got {A.dtype} and {B.dtype}")
         scale = self.scale
         if not isinstance(scale, Tensor) or scale.dim() == 0:
             scale = torch.full((A.shape[0],), float(scale), device=A.device)
@@ -100,7 +103,7 @@ def normalised(weights: Sequence[float]) -> list[float]:
     """w_k / Σ w, for weights that are finite, not negative and not all zero. Raises AdapterError otherwise."""
     values = [float(w) for w in weights]
     total = sum(values)
-    if not values or any(not 0.0 <= w < float("inf") for w in values) or total <= 0.0:
+    if not values or any(not 0.0 <= w < float("inf") for w in values) or not 0.0 < total < float("inf"):
         raise AdapterError(f"expected finite weights >= 0 with a positive sum; got {values}")
     return [w / total for w in values]
 
@@ -118,7 +121,8 @@ def mean(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     """A = Σ p_k A_k, B = Σ p_k B_k with p_k = w_k / Σ w: FedAvg of the factors, which is not the average of ΔW.
 
     Adapters of different scale are first written at one common scale (their weighted mean, same ΔW_k), since factors
-    trained under different alpha / r do not average. Sums run in fp32. Raises AdapterError for ranks that differ (pad first).
+    trained under different alpha / r do not average. Sums run in fp32; dtypes promote, as in stack. Raises AdapterError for
+    ranks that differ (pad first).
     Reference: FedIT, arXiv 2305.05644.
     """
     _of_one_layer(adapters)
@@ -133,7 +137,11 @@ def mean(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
         adapters = [_at_scale(a, scale) for a in adapters]
     A = sum(pk * a.A.to(_sum_dtype(a.A)) for pk, a in zip(p, adapters, strict=True))
     B = sum(pk * a.B.to(_sum_dtype(a.B)) for pk, a in zip(p, adapters, strict=True))
-    return Adapter(A.to(adapters[0].A.dtype), B.to(adapters[0].B.dtype), scale)
+    return Adapter(A.to(_common_dtype([a.A for a in adapters])), B.to(_common_dtype([a.B for a in adapters])), scale)
+
+
+def _common_dtype(factors: Sequence[Tensor]) -> torch.dtype:
+    return reduce(torch.promote_types, (factor.dtype for factor in factors))
 
 
 def _sum_dtype(factor: Tensor) -> torch.dtype:
@@ -192,8 +200,10 @@ def rescale(a: Adapter, scale: float) -> Adapter:
     A, B, ratio = a.A.detach().double(), a.B.detach().double(), a.scale.double() / scale
     norm_A, norm_B = A.norm(dim=1), B.norm(dim=0) * ratio.abs()
     dead = (norm_A == 0) | (norm_B == 0)
-    grow = torch.where(dead, torch.ones_like(ratio), (norm_B / norm_A).sqrt())
-    return Adapter((A * grow[:, None]).to(a.A.dtype), (B * (ratio / grow)).to(a.B.dtype), torch.full_like(a.scale, scale))
+    one = torch.ones_like(ratio)
+    grow = torch.where(dead, one, (norm_B / norm_A).sqrt())
+    grow_B = torch.where(norm_A == 0, one, ratio / grow)
+    return Adapter((A * grow[:, None]).to(a.A.dtype), (B * grow_B).to(a.B.dtype), torch.full_like(a.scale, scale))
 
 
 def fold(a: Adapter) -> Adapter:
@@ -210,8 +220,9 @@ def fresh(shape: tuple[int, int], rank: int, alpha: float, seed: int) -> Adapter
         raise AdapterError(f"expected a rank of at least 1; got {rank}")
     out_features, in_features = shape
     generator = torch.Generator().manual_seed(seed)
-    A = (torch.rand(rank, in_features, generator=generator) * 2 - 1) / in_features**0.5
-    return Adapter(A, torch.zeros(out_features, rank), alpha / rank)
+    exact = {"dtype": torch.float32, "device": "cpu"}           # whatever default a context has set
+    A = (torch.rand(rank, in_features, generator=generator, **exact) * 2 - 1) / in_features**0.5
+    return Adapter(A, torch.zeros(out_features, rank, **exact), alpha / rank)
 
 
 def fresh_adapters(shapes: Mapping[str, tuple[int, int]], rank: int, alpha: float, *seed: int | str) -> dict[str, Adapter]:

@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from flora.adapter import Adapters
+from flora.data.fetch import no_progress_bars
 from flora.errors import RunError
 from flora.files import safe_name, staged, write_text
 from flora.formats import save_peft
@@ -25,6 +28,9 @@ from flora.messages import Broadcast, Update, decode, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+STATES = ("running", "interrupted", "failed", "finished")
 
 
 @dataclass(frozen=True)
@@ -37,13 +43,19 @@ class Resumed:
     home: dict[str, Adapters]
 
 
+def _save_pretrained(model: "PreTrainedModel", folder: Path) -> None:
+    """As transformers writes it, without its progress bar amid ours."""
+    with no_progress_bars():
+        model.save_pretrained(folder)
+
+
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
     """Turns an error of the file system into a RunError that says what is still whole and how to go on."""
     try:
         yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    except (OSError, SafetensorError) as error:                 # safetensors tells of a full disk in a class of its own
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or f"os error {errno.ENOSPC}" in str(error)
         raise RunError(f"cannot write to {folder}: {'the disk is full' if full else error}. Rounds written before are whole; "
                        f"make room (or set keep_rounds: 0), then: flora resume {folder}") from error
 
@@ -60,26 +72,38 @@ class RunFolder:
             if state["state"] == "finished":
                 raise RunError(f"the run at {self.path} is finished ({state['rounds_done']} rounds); there is nothing to resume. "
                                "Start another with its own output_dir.")
-        elif state and not overwrite:
+        elif state and not overwrite and self._holds_work():
             raise RunError(f"{self.path} holds a run already ({state['state']}, {state['rounds_done']} rounds). Choose another "
                            f"--output_dir, go on with `flora resume {self.path}`, or replace it with --overwrite.")
         elif not state and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise RunError(f"{self.path} exists and is not a run of flora, so it is not written to. Choose another --output_dir.")
         with disk_errors(self.path):
-            if state and not resume:
+            if state and overwrite and not resume:
                 shutil.rmtree(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
 
+    def _holds_work(self) -> bool:
+        """A run that failed before its first row holds nothing to protect."""
+        metrics = self.path / "metrics.jsonl"
+        return (metrics.exists() and metrics.stat().st_size > 0) or any(
+            (self.path / name).exists() for name in ("rounds", "checkpoint", "model"))
+
     def state(self) -> dict[str, Any]:
-        """{"state": "running" | "interrupted" | "failed" | "finished", "rounds_done"}; empty where there is no run."""
+        """{"state": "running" | "interrupted" | "failed" | "finished", "rounds_done"}; empty where there is no run of ours:
+        a run.json of another program must not make its folder ours to replace."""
         try:
-            return json.loads((self.path / "run.json").read_text())
+            state = json.loads((self.path / "run.json").read_text())
         except (OSError, ValueError):
             return {}
+        ours = isinstance(state, dict) and set(state) == {"state", "rounds_done"} and state["state"] in STATES
+        return state if ours else {}
 
     def mark(self, state: str, rounds_done: int) -> None:
+        """Writes how far the run came; a finished run needs its checkpoint no more."""
         with disk_errors(self.path):
             write_text(self.path / "run.json", json.dumps({"state": state, "rounds_done": rounds_done}) + "\n")
+        if state == "finished":
+            shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
 
     def describe(self, config_yaml: str, environment: Mapping[str, Any]) -> None:
         """Writes the resolved config and the environment."""
@@ -107,9 +131,9 @@ class RunFolder:
         with disk_errors(self.path), staged(self.path / "checkpoint" / str(number)) as folder:
             (folder / "broadcast.safetensors").write_bytes(encode(broadcast))
             for i, (client, adapters) in enumerate(home.items()):
-                (folder / f"home-{i}.safetensors").write_bytes(encode(Update(adapters, 1, client=client)))
+                (folder / f"home-{i:06}.safetensors").write_bytes(encode(Update(adapters, 1, client=client)))
             if merged:
-                model.save_pretrained(folder / "base")
+                _save_pretrained(model, folder / "base")
         for old in (self.path / "checkpoint").iterdir():
             if old.name != str(number):
                 shutil.rmtree(old, ignore_errors=True)
@@ -126,8 +150,7 @@ class RunFolder:
         return Resumed(int(folder.name), broadcast, base if base.exists() else None, {u.client: u.adapters for u in home})
 
     def save_model(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Writes the merged model, and drops the checkpoint that it makes dead."""
+        """Writes the merged model and its tokenizer."""
         with disk_errors(self.path), staged(self.path / "model") as folder:
-            model.save_pretrained(folder)
+            _save_pretrained(model, folder)
             tokenizer.save_pretrained(folder)
-        shutil.rmtree(self.path / "checkpoint", ignore_errors=True)

@@ -1,7 +1,12 @@
 """The verbs: `flora run | resume | fetch | doctor`. Each is two lines of Python; an error is one paragraph with its remedy."""
+import dataclasses
 import sys
+from typing import TYPE_CHECKING, Annotated
 
 from flora.errors import FloraError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 USAGE = """\
 flora: federated LoRA fine-tuning with mixed ranks, aggregated exactly
@@ -21,24 +26,36 @@ class _Usage(Exception):
 
 
 def _run(arguments: list[str]) -> None:
-    from flora.config import RunConfig, load, parse
+    from flora.config import load, parse
     from flora.engines.local import run
 
-    settings, name = {}, "the settings"
+    settings, name = {}, ""
     if arguments and not arguments[0].startswith("-"):
         name = arguments.pop(0)
         settings = load(name)
-    config = parse(settings, name)
+    config = parse(settings, name or "the settings")
     if arguments:
         import tyro
-        from pydantic import ValidationError
 
-        from flora.config import as_config_error
-        try:
-            config = tyro.cli(RunConfig, prog="flora run [CONFIG.yaml]", args=arguments, default=config)
-        except ValidationError as error:
-            raise as_config_error(error, "the command line") from None
+        options = _options(config)
+        settings = dataclasses.asdict(tyro.cli(type(options), prog="flora run [CONFIG.yaml]", args=arguments, default=options))
+        config = parse(settings, f"{name} and the command line" if name else "the command line")
     run(config)
+
+
+def _options(config: "BaseModel") -> object:
+    """A config as a plain dataclass for tyro to fill in, so that one place (config.parse) checks the values."""
+    import tyro
+    from pydantic import BaseModel
+
+    fields = []
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        nested = isinstance(value, BaseModel)
+        default = _options(value) if nested else value
+        kind = type(default) if nested else Annotated[field.annotation, tyro.conf.arg(help=field.description)]
+        fields.append((name, kind, dataclasses.field(default_factory=lambda default=default: default)))
+    return dataclasses.make_dataclass(type(config).__name__, fields, namespace={"__doc__": type(config).__doc__})()
 
 
 def _resume(arguments: list[str]) -> None:

@@ -34,6 +34,8 @@ class LocalClient:
         if len(self.rows) == 0:
             raise ConfigError(f"client {self.name!r}: expected at least one training row; got none. Leave the client out, or "
                               "partition the data over fewer clients.")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"client {self.name!r}: expected a positive learning_rate; got {self.learning_rate}")
         if self.max_steps is not None and self.max_steps < 1:
             raise ConfigError(f"client {self.name!r}: expected max_steps of at least 1; got {self.max_steps}")
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flora import ops
-from flora.adapter import Adapter, Adapters, fresh_adapters, stack, truncate
+from flora.adapter import Adapter, Adapters, all_layers, fresh_adapters, stack, truncate
 from flora.client import LocalClient, TrainConfig, learning_rate_factor
 from flora.data.batches import collate, num_label_tokens, steps_per_epoch, training_steps
 from flora.errors import ConfigError, DataError, RunError, TrainingError
@@ -41,6 +41,8 @@ def bring_to(model: nn.Module, broadcast: Broadcast) -> bool:
     """
     versions: dict[str, int] = model.__dict__.setdefault("_flora_versions", {})
     have = versions.get(broadcast.run)
+    if have is None and broadcast.merge is not None and broadcast.version > 0:
+        have = 0                                                # no merge of this run has come yet
     if (have is not None and broadcast.version == have) or (have is None and broadcast.merge is None):
         versions[broadcast.run] = broadcast.version
         return False
@@ -51,7 +53,7 @@ def bring_to(model: nn.Module, broadcast: Broadcast) -> bool:
                        f"{broadcast.version}. Give another run its own name (Broadcast.run), or a model of its own.")
     if have is not None and broadcast.version > have + 1:
         raise RunError(f"the base of this model is at version {have} of run {broadcast.run!r}; got a broadcast of version "
-                       f"{broadcast.version}. The merges between are missing: apply those broadcasts first.")
+                       f"{broadcast.version}. The merges between are missing: apply those broadcasts first, or load a later base.")
     if broadcast.merge is not None:
         merge(model, broadcast.merge)
         model._flora_merged = True
@@ -115,7 +117,9 @@ class Cohort:
         own = self.shapes if client.layers is None else target_shapes(self.model, self.targets, client.layers)
         held = client.start if client.start is not None else broadcast.start
         start = starting_adapters(client, held, own, config.seed, broadcast.version)
-        asleep = {name: a for name, a in (held or {}).items() if name not in own}
+        seen = [adapters for adapters in (held, frozen) if adapters]
+        asleep = {name: stack([adapters[name].to("cpu") for adapters in seen if name in adapters])
+                  for name in all_layers(seen) if name not in own}
         began = time.perf_counter()
         devices = [device_of(self.model)] if device_of(self.model).type == "cuda" else []
         with torch.random.fork_rng(devices), applied(self.model, {**start, **asleep}, config.lora_dropout) as layers:
@@ -123,6 +127,8 @@ class Cohort:
             _freeze(layers, own, broadcast.train, frozen)
             metrics = self._train(layers, client, broadcast.version, on_step)
             adapters = {name: layers[name].adapter.to("cpu") for name in own}
+        if not all(bool(torch.isfinite(factor).all()) for a in adapters.values() for factor in (a.A, a.B)):
+            raise TrainingError("expected finite factors after the last step; got NaN or infinity. Lower its learning rate.")
         seconds = time.perf_counter() - began
         metrics |= {"seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds}
         return Update(adapters, len(client.rows), metrics, broadcast.version, client.name)
@@ -168,14 +174,14 @@ class Cohort:
         routing = next(iter(layers.values())).routing
         total, tokens, sequence = 0.0, 0, 0
         for rows in (part for batch in batches for part in _fitting(batch, self.max_tokens_per_batch)):
+            first, sequence = sequence, sequence + len(rows)       # counted before any is passed over: masks are keyed by it
             if num_label_tokens(rows) == 0:
                 continue
             batch = {name: t.to(device) for name, t in collate(rows, config.pad_token_id).items()}
             if config.lora_dropout:
-                count, length = batch["input_ids"].shape
-                place = torch.arange(sequence, sequence + count)[:, None], torch.arange(length)
+                length = batch["input_ids"].shape[1]
+                place = torch.arange(first, sequence)[:, None], torch.arange(length)
                 routing.row_keys = ops.row_keys(key, *place).flatten().to(device)
-            sequence += len(rows)
             loss = completion_loss(self.model, batch)[0] / labelled
             loss.backward()
             total += float(loss.detach())
@@ -203,12 +209,13 @@ def starting_adapters(client: LocalClient, start: Adapters | None, own: Mapping[
 
 
 def _freeze(layers: Mapping[str, LoRALinear], own: Mapping[str, object], train: str, frozen: Adapters | None) -> None:
-    """Lets the client's own layers train, A, B or both; gives each layer its frozen ranks."""
+    """Lets the client's own layers train, A, B or both, beside their frozen ranks; the others act as frozen ranks do."""
     for name, layer in layers.items():
         layer.A.requires_grad_(name in own and "A" in train)
         layer.B.requires_grad_(name in own and "B" in train)
+        layer.dropout = layer.dropout if name in own else 0.0
         ranks = (frozen or {}).get(name)
-        if ranks is not None:
+        if ranks is not None and name in own:
             layer.frozen = ops.Frozen(ranks.A.to(layer.A.device), ranks.B.to(layer.A.device), ranks.scale.to(layer.A.device))
 
 

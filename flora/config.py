@@ -1,5 +1,6 @@
 """The settings of a run: one YAML file, Hugging Face's names first; an unknown key is refused with the nearest known one."""
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,11 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 
 from flora.errors import ConfigError
 
+OTHER_BRANCH = ("list_type", "int_type", "float_type")          # said of every branch of a union but the one that was meant
 NotNegative = Annotated[int, Field(ge=0)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, use_attribute_docstrings=True)
 
 
 class PartitionConfig(_Strict):
@@ -51,7 +53,7 @@ class RunConfig(_Strict):
     weighting: Literal["examples", "uniform"] = "examples"
     """What a client counts: its number of training rows, or the same as any other."""
     lora_r: PositiveInt | list[PositiveInt] = 16
-    """Rank: one for all, or a list that is dealt to the clients in turn."""
+    """Rank: one for all, or a list with one a client."""
     lora_alpha: PositiveFloat | list[PositiveFloat] | Literal["r", "2r"] = "2r"
     """Alpha: one for all, a list like lora_r's, or a multiple of each client's rank. scale = alpha / rank."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -132,21 +134,23 @@ class RunConfig(_Strict):
         return values * self.num_clients if len(values) == 1 else values
 
 
-def _problem(error: Mapping[str, Any], known: Mapping[str, Any]) -> str:
+def _problem(error: Mapping[str, Any]) -> str:
     """One of pydantic's errors as a sentence."""
-    where = ".".join(str(part) for part in error["loc"] if isinstance(part, str) and "[" not in part)
+    where = ".".join(str(part) for part in error["loc"] if isinstance(part, str) and not re.search(r"\[|^constrained-", part))
     if error["type"] == "extra_forbidden":
-        leaf = error["loc"][-1]
-        near = difflib.get_close_matches(str(leaf), known, 1, 0.5)
-        return f"{where}: no such key" + (f"; did you mean {near[0]}?" if near else "")
+        nested = {name: f"partition.{name}" for name in PartitionConfig.model_fields}
+        known = nested if len(error["loc"]) > 1 else {**nested, **{name: name for name in RunConfig.model_fields}}
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, 1, 0.5)
+        return f"{where}: no such key" + (f"; did you mean {known[near[0]]}?" if near else "")
     what = error["msg"].removeprefix("Value error, ")
     return f"{where}: {what}; got {error['input']!r}" if where else what
 
 
 def as_config_error(error: ValidationError, name: str) -> ConfigError:
     """Pydantic's errors as one paragraph that names every key that is unknown (with the nearest known one) or wrong."""
-    known = {**RunConfig.model_fields, **PartitionConfig.model_fields}
-    problems = list(dict.fromkeys(_problem(e, known) for e in error.errors()))
+    errors = error.errors()
+    told = {e["loc"][:1] for e in errors if e["type"] not in OTHER_BRANCH}
+    problems = list(dict.fromkeys(_problem(e) for e in errors if e["type"] not in OTHER_BRANCH or e["loc"][:1] not in told))
     return ConfigError(f"{name}: " + "; ".join(problems) + ".")
 
 

@@ -20,6 +20,7 @@ from flora.errors import AdapterError
 _PREFIX = "base_model.model."
 _REFUSED = ("use_dora", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices", "use_qalora",
             "alora_invocation_tokens")
+_CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")       # what PEFT subtracts from the base weights at the start
 
 
 def _one_scale(a: Adapter) -> Adapter:
@@ -27,17 +28,6 @@ def _one_scale(a: Adapter) -> Adapter:
     if bool((a.scale == a.scale[0]).all()) and float(a.scale[0]) > 0:
         return a
     return fold(Adapter(a.A.float(), a.B.float(), a.scale))
-
-
-def _target_modules(layers: list[str]) -> list[str]:
-    """The layers' last names, where every block has the same ones; else the full names."""
-    parts = [re.fullmatch(r"(.*\.)?(\d+)\.(.+)", layer) for layer in layers]
-    if not all(parts):
-        return layers
-    blocks = {int(part[2]) for part in parts}
-    tails = Counter(part[3] for part in parts)
-    whole = blocks == set(range(len(blocks))) and set(tails.values()) == {len(blocks)}
-    return sorted({tail.split(".")[-1] for tail in tails}) if whole else layers
 
 
 def save_peft(adapters: Adapters, path: str | Path, base_model: str | None = None) -> Path:
@@ -53,12 +43,13 @@ def save_peft(adapters: Adapters, path: str | Path, base_model: str | None = Non
     rank = Counter(a.rank for a in single.values()).most_common(1)[0][0]
     alpha = {layer: float(a.scale[0]) * a.rank for layer, a in single.items()}
     common = Counter(alpha[layer] for layer, a in single.items() if a.rank == rank).most_common(1)[0][0]
-    # PEFT completes a pattern to (.*\.)?(pattern)$; escaped whole names match one layer each
-    ranks = {re.escape(layer): a.rank for layer, a in single.items() if a.rank != rank}
-    alphas = {re.escape(layer): alpha[layer] for layer in single if alpha[layer] != common}
+    # PEFT completes a pattern to (.*\.)?(pattern)$; escaped whole names from ^ on match one layer each. Last names as
+    # target_modules would give adapters to other modules too ("c_proj" is in GPT-2's attention and in its MLP)
+    ranks = {f"^{re.escape(layer)}": a.rank for layer, a in single.items() if a.rank != rank}
+    alphas = {f"^{re.escape(layer)}": alpha[layer] for layer in single if alpha[layer] != common}
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "r": rank,
               "lora_alpha": common, "rank_pattern": ranks, "alpha_pattern": alphas, "use_rslora": False, "bias": "none",
-              "lora_dropout": 0.0, "inference_mode": True, "target_modules": _target_modules(list(single))}
+              "lora_dropout": 0.0, "inference_mode": True, "target_modules": list(single)}
     tensors = {}
     for layer, a in single.items():
         tensors[f"{_PREFIX}{layer}.lora_A.weight"] = a.A.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -92,9 +83,11 @@ def load_peft(path: str | Path) -> dict[str, Adapter]:
     except (OSError, ValueError, SafetensorError) as error:
         raise AdapterError(f"expected a PEFT folder with adapter_config.json and adapter_model.safetensors at {path}; got "
                            f"{error}") from error
-    if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{path}: expected a LoRA adapter; got {config.get('peft_type')}")
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA" or not {"r", "lora_alpha"} <= config.keys():
+        raise AdapterError(f"{path}: expected the configuration of a LoRA adapter, with r and lora_alpha; got {config}")
     used = [name for name in _REFUSED if config.get(name)]
+    if str(config.get("init_lora_weights")).startswith(_CHANGE_BASE):
+        used.append(f"init_lora_weights={config['init_lora_weights']!r} (its base is not the model's)")
     if used:
         raise AdapterError(f"{path}: expected plain LoRA; got {', '.join(used)}, which an exact ΔW = B diag(scale) A does not "
                            "cover")

@@ -90,10 +90,14 @@ def encode(message: Update | Broadcast) -> bytes:
     size = struct.unpack("<Q", raw[:8])[0]
     table, data = json.loads(raw[8:8 + size]), memoryview(raw)[8 + size:]
     fields = {"format": FORMAT, **_fields(message), "parts": {part: list(adapters) for part, adapters in parts.items()}}
-    meta = json.dumps({**fields, "digest": _digest(fields, table, data)}, sort_keys=True)
-    header = json.dumps({"__metadata__": {"flora": meta}, **table}).encode()
-    header += b" " * (-len(header) % 8)
+    header = _header_bytes({**fields, "digest": _digest(fields, table, data)}, table)
     return b"".join((struct.pack("<Q", len(header)), header, data))
+
+
+def _header_bytes(fields: Mapping[str, object], table: Mapping[str, object]) -> bytes:
+    """The one way to write a header: so a byte that changed is found even where JSON reads the same (a space, 1e5 and 1E5)."""
+    header = json.dumps({"__metadata__": {"flora": json.dumps(fields, sort_keys=True)}, **table}).encode()
+    return header + b" " * (-len(header) % 8)
 
 
 def decode(data: bytes, expected: Mapping[str, tuple[int, int]] | None = None,
@@ -135,6 +139,7 @@ def _header(data: bytes, limits: Limits) -> dict:
     _require(isinstance(header, dict), "a JSON object as header", type(header).__name__)
     fields = json.loads(header.pop("__metadata__")["flora"], object_pairs_hook=_unique)
     _require(fields.get("format") == FORMAT, f"format {FORMAT}", fields.get("format"))
+    _require(_header_bytes(fields, header) == view[8:8 + size], "a header as flora writes it", "another spelling of it")
     digest = fields.pop("digest")
     body = view[8 + size:]
     _require(_digest(fields, header, body) == digest, "the sender's SHA-256 digest", "another: it changed on the way")
@@ -143,13 +148,15 @@ def _header(data: bytes, limits: Limits) -> dict:
 
 def _decode(data: bytes, expected: Mapping[str, tuple[int, int]] | None, limits: Limits) -> Update | Broadcast:
     fields = _header(data, limits)
+    _require(fields["kind"] in ("update", "broadcast"), "an update or a broadcast", fields["kind"])
     tensors = safetensors.torch.load(bytes(data))
     parts = {part: _adapters(part, layers, tensors, expected, limits) for part, layers in fields["parts"].items()}
     _require(not tensors, "only tensors of the layers listed", sorted(tensors)[:3])
+    known = {"adapters"} if fields["kind"] == "update" else {"merge", "start"}
+    _require(set(parts) <= known, f"no parts but {', '.join(sorted(known))}", sorted(parts))
     if fields["kind"] == "update":
         return Update(parts["adapters"], _count(fields, "num_examples", 1, limits.max_examples), _metrics(fields["metrics"]),
                       _count(fields, "base_version", 0, 1 << 62), _text(fields, "client"))
-    _require(fields["kind"] == "broadcast", "an update or a broadcast", fields["kind"])
     _require(fields["train"] in ("AB", "A", "B"), 'train out of "AB", "A", "B"', fields["train"])
     return Broadcast(parts.get("merge"), parts.get("start"), _count(fields, "version", 0, 1 << 62), fields["train"],
                      _text(fields, "run"))

@@ -47,7 +47,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Module, rank: int = 16, alpha: float = 32, dropout: float = 0.0,
                  dtype: torch.dtype | None = None):
         super().__init__()
-        if not (type(base) is nn.Linear or _is_conv1d(base)) or not base.weight.is_floating_point():
+        if not (type(base) is nn.Linear or _is_conv1d(base)) or base.weight.dtype not in ops.FLOATS:
             raise TargetError(f"expected an nn.Linear or Conv1D with a floating-point weight; got {type(base).__name__}. "
                               "Leave it out of targets.")
         if not 0.0 <= dropout < 1.0:
@@ -117,8 +117,9 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module that could carry an adapter, by qualified name."""
-    return {name: module for name, module in model.named_modules() if type(module) is nn.Linear or _is_conv1d(module)}
+    """Every module that could carry an adapter, or does, by the qualified name that it has without one."""
+    carried = {layer.base: name for name, layer in lora_layers(model).items()}
+    return {carried.get(m, name): m for name, m in model.named_modules() if type(m) is nn.Linear or _is_conv1d(m)}
 
 
 def _heads(model: nn.Module) -> list[nn.Module]:
@@ -139,8 +140,7 @@ def target_shapes(model: nn.Module, targets: str | Sequence[str] = "all-linear",
     targets: "all-linear", or module names or their last parts ("q_proj"); layers: only blocks with these indices.
     Raises TargetError where nothing, or one of the names, matches; it lists what exists.
     """
-    linears = {n[:-5] if n.endswith(".base") and isinstance(model.get_submodule(n[:-5]), LoRALinear) else n: m
-               for n, m in _linears(model).items()}
+    linears = _linears(model)
     exist = ", ".join(sorted({name.split(".")[-1] for name in linears})) or "none"
     if targets == "all-linear":
         heads = _heads(model)
@@ -204,6 +204,9 @@ def attach(model: nn.Module, rank: int = 16, alpha: float = 32, targets: str | S
 
 def _wrap(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
     """Puts the layers in the place of their bases and freezes everything else; remembers what trained."""
+    for name in layers:
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
+            raise TargetError(f"{name}: nn.TransformerEncoderLayer reads this weight past an adapter in eval mode. Leave it out.")
     model._flora_required_grad = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
     routing = Routing()
@@ -272,16 +275,13 @@ def _check_shape(name: str, adapter: Adapter, shape: tuple[int, int]) -> None:
 
 def _bases(model: nn.Module, adapters: Adapters) -> dict[str, nn.Module]:
     """The linear module of every adapter, checked: it exists, fits, and shares its weight with no other module."""
-    modules = dict(model.named_modules())
-    bases = {}
+    linears, bases = _linears(model), {}
     for name, adapter in adapters.items():
-        module = modules.get(name)
-        base = module.base if isinstance(module, LoRALinear) else module
-        if base is None or not (type(base) is nn.Linear or _is_conv1d(base)):
-            raise TargetError(f"expected a linear module named {name!r} in the model; got "
-                              f"{'none' if base is None else type(base).__name__}. Was the adapter made for another model?")
+        base = bases[name] = linears.get(name)
+        if base is None or base.weight.dtype not in ops.FLOATS:
+            raise TargetError(f"expected a linear module named {name!r} in the model, its weight in floating point; got "
+                              f"{base and base.weight.dtype}. Was the adapter made for another model?")
         _check_shape(name, adapter, tuple(_matrix(base).shape))
-        bases[name] = base
     _refuse_tied(model, bases)
     return bases
 

@@ -5,6 +5,7 @@ picks a backend (flora.kernels). The autograd.Function stands outside the operat
 """
 from collections.abc import Sequence
 from itertools import pairwise
+from operator import index
 from typing import Protocol
 
 import torch
@@ -13,6 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from flora import kernels
 from flora.errors import AdapterError
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 _LIB = torch.library.Library("flora", "DEF")
 _SEGMENTS = "Tensor[] frozen, Tensor? row_offsets, Tensor? rank_offsets, Tensor? frozen_ranges"
@@ -38,10 +41,8 @@ def _implement(op: str, written: int = 0) -> None:
     _LIB.impl(op, body, "CompositeExplicitAutograd")
 
 
-_implement("lora_linear")
-_implement("lora_linear_backward")
-_implement("merge_", written=1)
-_implement("stack_", written=3)
+for _op, _written in (("lora_linear", 0), ("lora_linear_backward", 0), ("merge_", 1), ("stack_", 3)):
+    _implement(_op, _written)
 
 
 @torch.library.register_fake("flora::lora_linear", lib=_LIB)
@@ -55,14 +56,8 @@ def _(dy, x, h, weight, A, B, scale, frozen, row_offsets, rank_offsets, frozen_r
             A.new_empty(A.shape) if needs[1] else A.new_empty(0), B.new_empty(B.shape) if needs[2] else B.new_empty(0))
 
 
-@torch.library.register_fake("flora::merge_", lib=_LIB)
-def _(weight, A, B, scale):
-    return None
-
-
-@torch.library.register_fake("flora::stack_", lib=_LIB)
-def _(out_A, out_B, out_scale, As, Bs, scales):
-    return None
+for _in_place in ("merge_", "stack_"):
+    torch.library.register_fake(f"flora::{_in_place}", lambda *args: None, lib=_LIB)
 
 
 class HasRanks(Protocol):
@@ -93,9 +88,12 @@ def _offsets(name: str, values: Sequence[int] | Tensor) -> Tensor:
     if isinstance(values, Tensor) and values.device.type != "cpu":
         raise AdapterError(f"{name}: expected ints on the host (a sequence or a CPU tensor); got a tensor on "
                            f"{values.device}. Keep offsets on the host: reading them there costs no synchronisation.")
-    listed = values.tolist() if isinstance(values, Tensor) else [int(value) for value in values]
-    if not listed or listed[0] != 0 or any(a > b for a, b in pairwise(listed)):
-        raise AdapterError(f"{name}: expected K + 1 ints that start at 0 and never fall; got {listed}")
+    try:
+        listed = [index(value) for value in (values.tolist() if isinstance(values, Tensor) else values)]
+    except TypeError:
+        listed = []
+    _check(name, bool(listed) and listed[0] == 0 and all(a <= b for a, b in pairwise(listed)),
+           "K + 1 ints that start at 0 and never fall", values)
     return torch.tensor(listed, dtype=torch.int64)
 
 
@@ -136,8 +134,7 @@ def row_keys(*parts: int | Tensor) -> Tensor:
 
 
 def _wrap64(value: int) -> int:
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >> 63 else value
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def _check(what: str, good: bool, expected: str, got: object) -> None:
@@ -153,13 +150,22 @@ def _check_ranks(what: str, ranks: tuple[Tensor, Tensor, Tensor], shape: tuple[i
     _check(f"{what} B", B.dim() == 2 and tuple(B.shape) == (N, R), f"({N}, {R})", tuple(B.shape))
     _check(f"{what} scale", tuple(scale.shape) == (R,), f"a vector ({R},), one number a rank", tuple(scale.shape))
     for name, tensor in (("A", A), ("B", B), ("scale", scale)):
-        _check(f"{what} {name}", tensor.is_floating_point(), "a floating-point dtype", tensor.dtype)
+        _check_dtype(f"{what} {name}", tensor)
         _check(f"{what} {name}", tensor.device == device, f"a tensor on {device}", tensor.device)
+
+
+def _check_dtype(what: str, tensor: Tensor) -> None:
+    _check(what, tensor.dtype in FLOATS, "float32, float64, float16 or bfloat16", tensor.dtype)
 
 
 def _check_weight(weight: Tensor) -> None:
     _check("weight", weight.dim() == 2, "a matrix (out, in)", tuple(weight.shape))
-    _check("weight", weight.is_floating_point(), "a floating-point dtype", weight.dtype)
+    _check_dtype("weight", weight)
+
+
+def _check_writable(what: str, tensor: Tensor) -> None:
+    owned = all(size < 2 or stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    _check(what, owned, "a tensor that owns each of its elements (clone it first)", f"strides {tensor.stride()}, expanded")
 
 
 def _frozen_operand(frozen: HasRanks | Sequence | None, weight: Tensor,
@@ -168,19 +174,21 @@ def _frozen_operand(frozen: HasRanks | Sequence | None, weight: Tensor,
     if frozen is None:
         return [], None
     if not isinstance(frozen, Frozen):
-        frozen = Frozen(frozen.A, frozen.B, frozen.scale) if hasattr(frozen, "A") else Frozen(*frozen)
+        given = (frozen.A, frozen.B, frozen.scale) if hasattr(frozen, "A") else frozen
+        _check("frozen", isinstance(given, Sequence) and len(given) in (3, 4), "a Frozen, an Adapter or (A, B, scale)", type(given))
+        frozen = Frozen(*given)
     _check_ranks("frozen", (frozen.A, frozen.B, frozen.scale), tuple(weight.shape), weight.device)
     if frozen.ranges is not None:
         clients = segments.num_clients if segments else 1
         _check("frozen ranges", frozen.ranges.shape[0] == clients, f"{clients} pairs, one a client", frozen.ranges.shape[0])
-    return [frozen.A, frozen.B, frozen.scale], frozen.ranges
+    return [frozen.A, frozen.B, frozen.scale.float()], frozen.ranges
 
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, A, B, weight, bias, scale, frozen, segments, dropout, keys):
         y, h = torch.ops.flora.lora_linear(x, weight, bias, A, B, scale, frozen, *segments, dropout, keys)
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, h if ctx.needs_input_grad[2] else h[:0], A, B,
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, h if ctx.needs_input_grad[2] else h.new_empty(0), A, B,
                               weight, scale, keys, *segments[:3], *frozen)
         ctx.dropout = dropout
         return y
@@ -214,8 +222,8 @@ def lora_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: Tensor, 
     """
     _check_weight(weight)
     _check("x", x.dim() >= 1 and x.shape[-1] == weight.shape[1], f"(..., {weight.shape[1]})", tuple(x.shape))
-    _check("x", x.is_floating_point() and x.device == weight.device, f"floating point on {weight.device}",
-           f"{x.dtype} on {x.device}")
+    _check_dtype("x", x)
+    _check("x", x.device == weight.device, f"a tensor on {weight.device}, where weight is", x.device)
     _check_ranks("adapter", (A, B, scale), tuple(weight.shape), weight.device)
     _check("bias", bias is None or tuple(bias.shape) == (weight.shape[0],), f"({weight.shape[0]},)",
            bias is not None and tuple(bias.shape))
@@ -223,8 +231,10 @@ def lora_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: Tensor, 
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     flat = x.reshape(-1, x.shape[-1])
-    segments = row_offsets if isinstance(row_offsets, Segments) or row_offsets is None else None
-    if segments is None and (row_offsets is not None or rank_offsets is not None):
+    segments = row_offsets if isinstance(row_offsets, Segments) else None
+    if segments is not None:
+        _check("rank_offsets", rank_offsets is None, "none beside Segments, which hold them", rank_offsets)
+    elif row_offsets is not None or rank_offsets is not None:
         _check("offsets", row_offsets is not None and rank_offsets is not None, "row_offsets and rank_offsets, or neither",
                "one of the two")
         segments = Segments(row_offsets, rank_offsets)
@@ -234,8 +244,8 @@ def lora_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: Tensor, 
     frozen_tensors, ranges = _frozen_operand(frozen, weight, segments)
     packed = (None, None, ranges, A.shape[0]) if segments is None else (
         segments.row_offsets, segments.rank_offsets, ranges, segments.max_rank)
-    y = _LoRALinear.apply(flat, A, B, weight, bias, scale.detach(), frozen_tensors, packed, float(dropout),
-                          _keys(seed, flat) if dropout > 0 else None)
+    y = _LoRALinear.apply(flat, A, B, weight.detach(), None if bias is None else bias.detach(), scale.detach().float(),
+                          frozen_tensors, packed, float(dropout), _keys(seed, flat) if dropout > 0 else None)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -248,6 +258,8 @@ def _keys(seed: int | Tensor | None, x: Tensor) -> Tensor:
         return seed.to(x.device)
     if seed is None:
         seed = torch.randint(1 << 62, ())
+    _check("seed", isinstance(seed, int) or (isinstance(seed, Tensor) and seed.dtype == torch.int64),
+           "an int, an int64 tensor or None", seed)
     part = seed.to(x.device) if isinstance(seed, Tensor) else seed
     return row_keys(part, torch.arange(rows, device=x.device))
 
@@ -260,7 +272,8 @@ def merge_(weight: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
     """
     _check_weight(weight)
     _check_ranks("adapter", (A, B, scale), tuple(weight.shape), weight.device)
-    torch.ops.flora.merge_(weight.detach(), A.detach(), B.detach(), scale.detach())
+    _check_writable("weight", weight)
+    torch.ops.flora.merge_(weight.detach(), A.detach(), B.detach(), scale.detach().float())
     return weight
 
 
@@ -273,12 +286,14 @@ def stack_(out_A: Tensor, out_B: Tensor, out_scale: Tensor, As: Sequence[Tensor]
     """
     _check("As, Bs, scales", len(As) == len(Bs) == len(scales), "lists of one length", (len(As), len(Bs), len(scales)))
     _check("out_A and out_B", out_A.dim() == out_B.dim() == 2, "two matrices", (tuple(out_A.shape), tuple(out_B.shape)))
-    shape = (out_B.shape[0], out_A.shape[1])
-    for name, ranks in (("out", (out_A, out_B, out_scale)), *((f"adapter {k}", ranks) for k, ranks in
-                                                            enumerate(zip(As, Bs, scales, strict=True)))):
-        _check_ranks(name, ranks, shape, out_A.device)
+    outs, shape = (out_A, out_B, out_scale), (out_B.shape[0], out_A.shape[1])
+    _check_ranks("out", outs, shape, out_A.device)
+    for k, ranks in enumerate(zip(As, Bs, scales, strict=True)):
+        _check_ranks(f"adapter {k}", ranks, shape, out_A.device)
     total = sum(A.shape[0] for A in As)
     _check("out_A", total == out_A.shape[0], f"{total} ranks, the sum of the adapters' ranks", out_A.shape[0])
-    torch.ops.flora.stack_(out_A.detach(), out_B.detach(), out_scale.detach(), [A.detach() for A in As],
-                           [B.detach() for B in Bs], [scale.detach() for scale in scales])
-    return out_A, out_B, out_scale
+    _check("out_scale", out_scale.dtype == torch.float32, "float32", out_scale.dtype)
+    for name, tensor in zip(("out_A", "out_B", "out_scale"), outs, strict=True):
+        _check_writable(name, tensor)
+    torch.ops.flora.stack_(*(t.detach() for t in outs), *([t.detach() for t in each] for each in (As, Bs, scales)))
+    return outs

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -26,7 +27,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def _megabytes(count: float) -> str:
-    return f"{count / 1e6:.2f}"
+    return f"{count / 1e6:.1f}"
 
 
 def _number(value: float | None) -> str:
@@ -43,7 +44,7 @@ class Report:
     def __init__(self, folder: Path, rounds: int, first: int = 0, quiet: bool = False):
         self.folder, self.path, self.quiet = folder, folder / "metrics.jsonl", quiet
         self.console = Console(stderr=True)
-        self.rows = [row for row in read_metrics(folder) if row.get("round", row.get("rounds_done", 1) - 1) < first]
+        self.rows = [row for row in read_metrics(folder) if first and row.get("round", row.get("rounds_done", 1) - 1) < first]
         with disk_errors(folder):
             self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
         self.progress = Progress(TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -94,16 +95,17 @@ class Report:
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
     """Two rich tables of a run's rows: the server by round; the clients by rank, before their first and after their last round."""
-    server = Table(title="global model, held-out completions", title_justify="left")
-    for name in ("rounds done", "loss", "perplexity", "accuracy", "MB up", "MB down", "seconds"):
+    server = Table(title="global model, held-out completions", title_justify="left", box=SIMPLE)
+    for name in ("rounds", "loss", "perplexity", "accuracy", "MB up", "MB down", "seconds"):
         server.add_column(name, justify="right")
     for row in (row for row in rows if row["kind"] == "server"):
         server.add_row(str(row["rounds_done"]), _number(row["eval_loss"]), f"{row['eval_perplexity']:.2f}",
                        f"{row['eval_accuracy']:.1%}", _megabytes(row["bytes_up"]), _megabytes(row["bytes_down"]),
                        f"{sum(row['seconds'].values()):.1f}")
-    clients = Table(title="clients, their own held-out completions", title_justify="left")
-    for name in ("client", "rank", "rows", "loss before", "loss after", "MB up", "MB down", "tokens/s", "seconds"):
-        clients.add_column(name, justify="left" if name == "client" else "right")
+    clients = Table(title="clients, loss on their own held-out completions before and after", title_justify="left", box=SIMPLE)
+    clients.add_column("client", max_width=10, no_wrap=True)
+    for name in ("rank", "rows", "before", "after", "MB up", "MB down", "tok/s", "s"):
+        clients.add_column(name, justify="right")
     names = list(dict.fromkeys(row["client"] for row in rows if row["kind"] == "client"))
     for name in names:
         mine = [row for row in rows if row["kind"] == "client" and row["client"] == name]

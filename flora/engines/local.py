@@ -65,7 +65,8 @@ def _run(config: RunConfig, folder: RunFolder) -> None:
         server = Server(config.strategy, job.clients, broadcast, config.fraction_train, config.weighting, config.seed)
         home = dict(resumed.home) if resumed else {}
         if first == 0:
-            report.add(server_row(0, job, server, home, {}))
+            start = download_size(server) * len(server.clients)
+            report.add(server_row(0, job, server, home, {}) | {"bytes_down": start})
         rounds(config, job, server, report, folder, home, first)
         if server.broadcast.start is not None:
             merge(job.model, server.broadcast.start)            # last: nothing trains on this model any more
@@ -97,11 +98,11 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
         server.close(updates)
         seconds = {"aggregate": time.perf_counter() - began}
 
-        size = 0 if _silent(server) else len(encode(sent))
+        size = download_size(server)
         up = 0
         for client, update in ((c, u) for c in clients for u in updates if u.client == c.name):
             row = client_row(number, client, update, before[client.name], after[client.name])
-            row |= {"bytes_up": 0 if _silent(server) else len(encode(update)), "bytes_down": size}
+            row |= {"bytes_up": upload_size(server, update), "bytes_down": size}
             up += row["bytes_up"]
             report.add(row)
         for name, reason in cohort.failures.items():
@@ -110,7 +111,7 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
         began = time.perf_counter()
         folder.save_round(number, updates, server.broadcast, config.keep_rounds, config.model_name_or_path)
         seconds["save"] = time.perf_counter() - began
-        row = server_row(number + 1, job, server, home, seconds) | {"bytes_up": up, "bytes_down": size * len(clients)}
+        row = server_row(number + 1, job, server, home, seconds) | {"bytes_up": up, "bytes_down": size * len(server.clients)}
         report.add(row)
         folder.save_checkpoint(job.model, number + 1, server.broadcast, home)
         folder.mark("running", number + 1)
@@ -137,6 +138,16 @@ def _with_adapters(job: Job, adapters: Adapters | None) -> Iterator[None]:
 def _silent(server: Server) -> bool:
     """Nothing travels where everything stays at home, or where there is one party."""
     return server.strategy.home == "AB" or server.strategy.pooled
+
+
+def upload_size(server: Server, update: Update) -> int:
+    """Bytes of a client's update as it travels."""
+    return 0 if _silent(server) else len(encode(update))
+
+
+def download_size(server: Server) -> int:
+    """Bytes of the broadcast that is due, as it travels to each client, sampled or not: all must follow the base."""
+    return 0 if _silent(server) else len(encode(server.broadcast))
 
 
 def evaluate_clients(job: Job, views: Mapping[str, Adapters | None], report: Report, what: str) -> dict[str, dict[str, Any]]:

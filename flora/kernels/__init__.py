@@ -59,6 +59,8 @@ def _choose(op: str, device: str) -> Choice:
         if not why:
             return Choice(op, device, name, "forced by kernels.use" if _forced else "; ".join(reasons) or "first choice")
         reasons.append(f"{name}: {why}")
+    if _forced is None:
+        raise BackendError(f"no backend has {op!r} for {device}; there are {', '.join(OPERATORS)}")
     raise BackendError(f"{op} on {device} was forced to run on {_forced!r}, which cannot: {reasons[0]}. "
                        f"Leave the `with flora.kernels.use({_forced!r})` block, or see `flora doctor`.")
 

@@ -132,13 +132,13 @@ def merge_(weight: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> None:
     """W += B diag(scale) A, summed over all ranks in fp32 (fp64 for fp64 weights) and rounded once.
 
     weight (N, K), any strides; A (R, K); B (N, R); scale (R,). Forms the product block of rows by block of rows, so the
-    scratch is bounded by 256 rows.
+    scratch is bounded by 256 rows. The factors are copied first: they may be views of the weight.
     """
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    A = A.to(dtype)
+    A, B = A.to(dtype, copy=True), B.to(dtype) * scale.to(dtype)
     for start in range(0, weight.shape[0], 256):
         rows = slice(start, start + 256)
-        weight[rows] = torch.addmm(weight[rows].to(dtype), B[rows].to(dtype) * scale.to(dtype), A).to(weight.dtype)
+        weight[rows] = torch.addmm(weight[rows].to(dtype), B[rows], A).to(weight.dtype)
 
 
 def stack_(out_A: Tensor, out_B: Tensor, out_scale: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor],

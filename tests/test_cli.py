@@ -1,0 +1,182 @@
+"""The verbs as a person types them: exit codes, one paragraph an error, and how little is imported before it is needed."""
+import json
+import time
+
+import pytest
+import yaml
+from tiny import TARGETS, python, save_model, write_rows
+
+from flora.cli import main
+from flora.data import SOURCES
+from flora.report import read_metrics
+
+HEAVY = ("torch", "numpy", "transformers", "pydantic", "datasets", "rich", "tyro", "peft", "yaml")
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A tiny model, rows, and a config.yaml that names them."""
+    monkeypatch.chdir(tmp_path)
+    save_model(tmp_path / "model")
+    write_rows(tmp_path / "rows.jsonl", 40)
+    settings = {"model_name_or_path": "model", "dataset": "rows.jsonl", "num_clients": 3, "num_rounds": 1, "lora_r": 4,
+                "max_steps": 1, "eval_rows_per_client": 2, "server_eval_rows": 4, "target_modules": list(TARGETS), "device": "cpu",
+                "quiet": True, "output_dir": "out"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path
+
+
+def resolved(place):
+    return yaml.safe_load((place / "out" / "config.yaml").read_text())
+
+
+def loaded_after(code):
+    """Which of the heavy packages a fresh process has imported after this code."""
+    done = python("-c", f"import sys\n{code}\nimport json; print(json.dumps([n for n in {HEAVY} if n in sys.modules]))")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_help_comes_within_a_second_and_imports_nothing_heavy():
+    began = time.perf_counter()
+    done = python("-m", "flora.cli", "--help")
+    assert time.perf_counter() - began < 1.0 and done.returncode == 0 and done.stderr == ""
+    assert all(f"flora {verb}" in done.stdout for verb in ("run", "resume", "fetch", "doctor"))
+    assert loaded_after("from flora.cli import main; main(['--help']); main(['--version']); main(['nonsense'])") == []
+
+
+def test_import_flora_is_light_and_one_function_needs_torch_alone():
+    assert loaded_after("import flora; dir(flora); flora.__version__") == []
+    assert set(loaded_after("import flora; flora.stack; flora.Adapter")) <= {"torch", "numpy"}
+    core = "import flora; flora.Cohort, flora.attach, flora.aggregate, flora.messages.decode, flora.ops.merge_, flora.server"
+    assert set(loaded_after(core)) <= {"torch", "numpy"}
+
+
+def test_what_flora_promises_by_name_is_there():
+    import flora
+
+    assert all(getattr(flora, name) is not None for name in flora.__all__) and set(flora.__all__) <= set(dir(flora))
+    with pytest.raises(AttributeError, match="'flora' has no attribute 'stak'"):
+        flora.stak  # noqa: B018
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["help"], ["fetch", "--help"], ["resume", "-h"], ["doctor", "--help"]], ids=str)
+def test_help_in_all_its_forms(arguments, capsys):
+    assert main(arguments) == 0 and "flora run [CONFIG.yaml]" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    import flora
+
+    assert main(["--version"]) == 0 and capsys.readouterr().out == f"{flora.__version__}\n"
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (["rum"], "no such verb: rum; did you mean run?"), (["qqq"], "no such verb: qqq\n"), (["resume"], "expected one folder"),
+    (["resume", "a", "b"], "expected one folder")], ids=str)
+def test_wrong_usage_is_exit_code_2(arguments, says, capsys):
+    assert main(arguments) == 2
+    out = capsys.readouterr()
+    assert says in out.err and "flora run [CONFIG.yaml]" in out.err and out.out == ""
+
+
+@pytest.mark.parametrize("arguments", [["--nonsense", "3"], ["--lora_rr", "3"], ["--num_rounds", "many"], ["--dtype", "int8"],
+                                       ["extra"]], ids=str)
+def test_an_unknown_option_is_exit_code_2(place, arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", "config.yaml", *arguments])
+    assert stopped.value.code == 2 and arguments[0].strip("-") in capsys.readouterr().err.replace("-", "_")
+    assert not (place / "out").exists()
+
+
+def test_run_help_lists_every_key_with_its_meaning(capsys):
+    from flora.config import RunConfig
+
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", "--help"])
+    said = capsys.readouterr().out.replace("_", "-")
+    assert stopped.value.code == 0
+    keys = [*(name for name in RunConfig.model_fields if name != "partition"), "partition.by", "partition.dirichlet-alpha"]
+    assert [key for key in keys if f"--{key.replace('_', '-')}" not in said] == []
+    assert "one for all, or a list" in said
+
+
+def test_run_with_a_file_and_with_options_over_it(place, capsys):
+    """Lists are words after the option; nested keys have a dot; a switch is a switch, without True."""
+    assert main(["run", "config.yaml", "--lora_r", "8", "4", "--num_clients", "2", "--partition.by", "who", "--lora-alpha", "r",
+                 "--target_modules", "q_proj", "v_proj", "--fraction_train", "1.0", "--overwrite", "--strategy", "zeropad"]) == 0
+    got = resolved(place)
+    assert (got["lora_r"], got["lora_alpha"], got["partition"]["by"]) == ([8, 4], "r", "who")
+    assert got["target_modules"] == ["q_proj", "v_proj"]
+    assert (got["max_steps"], got["strategy"], got["learning_rate"]) == (1, "zeropad", 3e-4)
+    rows = [row for row in read_metrics("out") if row["kind"] == "client"]
+    assert [(row["client"], row["rank"], row["alpha"]) for row in rows] == [("p0", 8, 8.0), ("p1", 4, 4.0)]
+    said = capsys.readouterr().out
+    assert "global model" in said and "out/model" in said.replace("\n", "") and "p1" in said
+
+
+def test_run_with_options_alone(place):
+    assert main(["run", "--model_name_or_path", "model", "--dataset", "rows.jsonl", "--num_clients", "2", "--num_rounds", "1",
+                 "--lora_r", "2", "--max_steps", "1", "--eval_rows_per_client", "0", "--server_eval_rows", "4", "--device", "cpu",
+                 "--quiet", "--partition.iid", "--output_dir", "out"]) == 0
+    got = resolved(place)
+    assert got["partition"]["iid"] is True and got["quiet"] is True and got["lora_r"] == 2
+    assert all(row["eval_loss_before"] is None for row in read_metrics("out") if row["kind"] == "client")
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (["run", "none.yaml"], "expected a YAML file at none.yaml"), (["run", "bad.yaml"], "did you mean lora_r?"),
+    (["run", "config.yaml", "--lora_r", "0"], "lora_r: .*greater than 0; got 0"),
+    (["run", "config.yaml", "--lora_r", "8", "4"], "one a client (3); got 2"),
+    (["run", "config.yaml", "--partition.by", "who", "--partition.iid"], "partition: expected"),
+    (["run", "config.yaml", "--dataset", "./no.jsonl"], "./no.jsonl"),
+    (["run", "config.yaml", "--strategy", "flor"], "Did you mean 'flora'"), (["resume", "nowhere"], "nowhere/config.yaml"),
+    (["fetch", "chitchatt"], "chitchatt")], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_a_refusal_is_exit_code_1_and_one_paragraph(place, arguments, says, capsys):
+    (place / "bad.yaml").write_text("lora_rr: 8\n")
+    assert main(arguments) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("flora: ") and said.count("\n") == 1 and "Traceback" not in said
+    assert all(part in said for part in says.split(".*"))
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "run", "none.yaml"], ["run", "none.yaml", "--debug"]], ids=str)
+def test_debug_shows_the_traceback_wherever_it_stands(place, arguments):
+    done = python("-m", "flora.cli", *arguments, cwd=place)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "flora.errors.ConfigError" in done.stderr
+
+
+def test_ctrl_c_is_exit_code_130_and_resume_goes_on(place, monkeypatch, capsys):
+    from flora.report import Report
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Report, "on_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(["run", "config.yaml"]) == 130
+    assert "flora resume" in capsys.readouterr().err and json.loads((place / "out/run.json").read_text())["state"] == "interrupted"
+    assert main(["run", "config.yaml"]) == 1 and "holds a run already" in capsys.readouterr().err
+    assert main(["resume", "out"]) == 0 and json.loads((place / "out/run.json").read_text())["state"] == "finished"
+    assert main(["resume", "out"]) == 1 and "nothing to resume" in capsys.readouterr().err
+
+
+def test_fetch_without_a_name_lists_what_there_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FLORA_CACHE", str(tmp_path / "empty"))
+    assert main(["fetch"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(SOURCES) and all("not fetched" in line and " MB" in line for line in lines)
+    assert not (tmp_path / "empty").exists()
+
+
+def test_doctor_says_what_is_here_and_what_runs(monkeypatch, capsys):
+    import torch
+
+    from flora import doctor, kernels
+
+    monkeypatch.setenv("COLUMNS", "240")
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert torch.__version__ in said and all(operator in said for operator in kernels.OPERATORS) and "reference" in said
+    monkeypatch.setattr(doctor, "_version", lambda package: None)
+    monkeypatch.setattr("shutil.which", lambda *_: None)
+    assert main(["doctor"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("missing") >= len(doctor.COSTS) + 3 and "cannot be built" in said
