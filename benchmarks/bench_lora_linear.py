@@ -35,8 +35,8 @@ class AddmmLinear(nn.Module):
 def variants(rank: int) -> dict[str, nn.ModuleDict]:
     targets = [name for name, _, _ in SMOLLM2_135M]
     peft = inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, lora_dropout=0.0), tree())
-    return {"flora": flora_nn.attach(tree(), rank=rank, alpha=2 * rank), "peft": peft,
-            "addmm form": nn.ModuleDict({name: AddmmLinear(layer, rank) for name, layer in tree().items()}), "bare products": tree()}
+    addmm = nn.ModuleDict({name: AddmmLinear(layer, rank) for name, layer in tree().items()})
+    return {"flora": flora_nn.attach(tree(), rank=rank, alpha=2 * rank), "peft": peft, "addmm form": addmm, "bare products": tree()}
 
 
 def main() -> None:

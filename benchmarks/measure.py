@@ -1,4 +1,4 @@
-"""How every benchmark measures: variants interleaved, medians and quartiles, ratios in one run, peak memory, JSON beside the table."""
+"""How every benchmark measures: variants interleaved, medians and quartiles, ratios in one run, JSON beside the table."""
 import json
 import platform
 import statistics

@@ -77,10 +77,7 @@ class RunFolder:
                            f"--output_dir, go on with `flora resume {self.path}`, or replace it with --overwrite.")
         elif not state and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise RunError(f"{self.path} exists and is not a run of flora, so it is not written to. Choose another --output_dir.")
-        with disk_errors(self.path):
-            if state and overwrite and not resume:
-                shutil.rmtree(self.path)
-            self.path.mkdir(parents=True, exist_ok=True)
+        self._replaces = bool(state) and overwrite and not resume
 
     def _holds_work(self) -> bool:
         """A run that failed before its first row holds nothing to protect."""
@@ -105,15 +102,19 @@ class RunFolder:
         if state == "finished":
             shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
 
-    def describe(self, config_yaml: str, environment: Mapping[str, Any]) -> None:
-        """Writes the resolved config and the environment."""
+    def begin(self, config_yaml: str, environment: Mapping[str, Any]) -> None:
+        """Writes the resolved config and the environment; only now, when the new run can start, a run to overwrite goes."""
         with disk_errors(self.path):
+            if self._replaces:
+                shutil.rmtree(self.path)
+                self._replaces = False
+            self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / "config.yaml", config_yaml)
             write_text(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
 
     def save_round(self, number: int, updates: Sequence[Update], broadcast: Broadcast, keep: int, base_model: str) -> None:
         """Writes every client's adapters and the aggregate (stack or average) in PEFT's format; drops rounds beyond `keep`."""
-        if keep == 0:
+        if keep == 0 or not updates:
             return
         with disk_errors(self.path), staged(self.path / "rounds" / str(number)) as folder:
             for update in updates:

@@ -39,31 +39,28 @@ def bring_to(model: nn.Module, broadcast: Broadcast) -> bool:
     The version is kept on the model object, so however many cohorts share it, the base changes once.
     Raises RunError where versions between were missed, or the base is already past this one.
     """
-    versions: dict[str, int] = model.__dict__.setdefault("_flora_versions", {})
-    have = versions.get(broadcast.run)
-    if have is None and broadcast.merge is not None and broadcast.version > 0:
-        have = 0                                                # no merge of this run has come yet
-    if (have is not None and broadcast.version == have) or (have is None and broadcast.merge is None):
-        versions[broadcast.run] = broadcast.version
-        return False
-    if have is not None and broadcast.version < have:
-        if broadcast.run == "" and broadcast.merge is None:
-            return False
+    versions: dict[str, tuple[int, bool]] = model.__dict__.setdefault("_flora_versions", {})
+    have, merged = versions.get(broadcast.run, (0, False))
+    if broadcast.version < have and (broadcast.run or broadcast.merge is not None):
         raise RunError(f"the base of this model is at version {have} of run {broadcast.run!r}; got a broadcast of version "
                        f"{broadcast.version}. Give another run its own name (Broadcast.run), or a model of its own.")
-    if have is not None and broadcast.version > have + 1:
+    if broadcast.merge is None:
+        versions[broadcast.run] = (max(have, broadcast.version), merged and broadcast.version <= have)
+        return False
+    if broadcast.version == have and merged:
+        return False
+    if broadcast.version > have + 1:
         raise RunError(f"the base of this model is at version {have} of run {broadcast.run!r}; got a broadcast of version "
                        f"{broadcast.version}. The merges between are missing: apply those broadcasts first, or load a later base.")
-    if broadcast.merge is not None:
-        merge(model, broadcast.merge)
-        model._flora_merged = True
-    versions[broadcast.run] = broadcast.version
-    return broadcast.merge is not None
+    merge(model, broadcast.merge)
+    versions[broadcast.run] = (broadcast.version, True)
+    model._flora_merged = True
+    return True
 
 
 def resume_at(model: nn.Module, run: str, version: int, merged: bool) -> None:
     """Says of a model that was loaded from a checkpoint which version of a run it is, and whether merges changed its base."""
-    model._flora_versions = {run: version}
+    model._flora_versions = {run: (version, True)}
     model._flora_merged = merged
 
 

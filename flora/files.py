@@ -1,4 +1,5 @@
 """Files that are whole or not there."""
+import hashlib
 import os
 import re
 import shutil
@@ -34,5 +35,6 @@ def write_text(path: Path, text: str) -> None:
 
 
 def safe_name(name: str) -> str:
-    """A client's name as a folder's name."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip(".") or "_"
+    """A client's name as a folder's name; two names never share one."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip(".")
+    return plain if plain == name and name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

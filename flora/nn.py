@@ -228,8 +228,8 @@ def applied(model: nn.Module, adapters: Adapters, dropout: float = 0.0) -> Itera
     for name, base in _bases(model, adapters).items():
         layers[name] = LoRALinear(base, adapters[name].rank, dropout=dropout)
         layers[name].load(adapters[name])
-    _wrap(model, layers)
     try:
+        _wrap(model, layers)
         yield layers
     finally:
         detach(model)

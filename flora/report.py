@@ -42,7 +42,7 @@ class Report:
     """
 
     def __init__(self, folder: Path, rounds: int, first: int = 0, quiet: bool = False):
-        self.folder, self.path, self.quiet = folder, folder / "metrics.jsonl", quiet
+        self.folder, self.path, self.first, self.quiet = folder, folder / "metrics.jsonl", first, quiet
         self.console = Console(stderr=True)
         self.rows = [row for row in read_metrics(folder) if first and row.get("round", row.get("rounds_done", 1) - 1) < first]
         with disk_errors(folder):

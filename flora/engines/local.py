@@ -11,7 +11,7 @@ import yaml
 from rich.console import Console
 
 from flora.adapter import Adapters, truncate
-from flora.checkpoint import RunFolder
+from flora.checkpoint import Resumed, RunFolder
 from flora.client import LocalClient
 from flora.cohort import Cohort, bring_to, resume_at
 from flora.config import RunConfig, load, parse
@@ -35,10 +35,14 @@ def run(config: RunConfig | Mapping[str, Any] | str | Path, resume: bool = False
         config = parse(config) if isinstance(config, Mapping) else parse(load(config), str(config))
     strategy_named(config.strategy)
     folder = RunFolder(config.output_dir, config.overwrite, resume)
-    done = folder.state().get("rounds_done", 0) if resume else 0
-    folder.mark("running", done)
+    _tune_allocator()
+    console = Console(stderr=True, quiet=config.quiet)
+    resumed = folder.load_checkpoint() if resume else None
+    job = prepare(config, lambda line: console.print(line, highlight=False, soft_wrap=True), resumed.base if resumed else None)
+    folder.begin(yaml.safe_dump(config.model_dump(exclude={"overwrite"}), sort_keys=False), environment())
+    folder.mark("running", resumed.number if resumed else 0)
     try:
-        _run(config, folder)
+        _run(config, folder, job, resumed)
     except KeyboardInterrupt:
         folder.mark("interrupted", folder.state().get("rounds_done", 0))
         raise
@@ -49,25 +53,19 @@ def run(config: RunConfig | Mapping[str, Any] | str | Path, resume: bool = False
     return folder.path
 
 
-def _run(config: RunConfig, folder: RunFolder) -> None:
+def _run(config: RunConfig, folder: RunFolder, job: Job, resumed: Resumed | None) -> None:
     """The run itself, in a folder that is open."""
-    _tune_allocator()
-    folder.describe(yaml.safe_dump(config.model_dump(exclude={"overwrite"}), sort_keys=False), environment())
-    resumed = folder.load_checkpoint()
-    first = resumed.number if resumed else 0
-    with Report(folder.path, config.num_rounds, first, config.quiet) as report:
-        began = time.perf_counter()
-        job = prepare(config, report.say, resumed.base if resumed else None)
-        if resumed:
-            resume_at(job.model, resumed.broadcast.run, resumed.broadcast.version, merged=resumed.base is not None)
-        report.say(f"{len(job.clients)} clients, strategy {config.strategy}, ready in {time.perf_counter() - began:.0f} s")
+    if resumed:
+        resume_at(job.model, resumed.broadcast.run, resumed.broadcast.version, merged=resumed.base is not None)
+    with Report(folder.path, config.num_rounds, resumed.number if resumed else 0, config.quiet) as report:
+        report.say(f"{len(job.clients)} clients, strategy {config.strategy}, {config.num_rounds} rounds")
         broadcast = resumed.broadcast if resumed else first_broadcast(config, job)
         server = Server(config.strategy, job.clients, broadcast, config.fraction_train, config.weighting, config.seed)
         home = dict(resumed.home) if resumed else {}
-        if first == 0:
+        if report.first == 0:
             start = download_size(server) * len(server.clients)
             report.add(server_row(0, job, server, home, {}) | {"bytes_down": start})
-        rounds(config, job, server, report, folder, home, first)
+        rounds(config, job, server, report, folder, home)
         if server.broadcast.start is not None:
             merge(job.model, server.broadcast.start)            # last: nothing trains on this model any more
         folder.save_model(job.model, job.tokenizer)
@@ -75,14 +73,15 @@ def _run(config: RunConfig, folder: RunFolder) -> None:
     console = Console()
     for table in report.table():
         console.print(table)
-    console.print(f"the merged model is in {folder.path / 'model'}, every row in {folder.path / 'metrics.jsonl'}",
-                  highlight=False, soft_wrap=True)
+    what = "the clients' models stay theirs (rounds/); the untouched base" if server.strategy.home else "the merged model"
+    console.print(f"{what} is in {folder.path / 'model'}, every row in {folder.path / 'metrics.jsonl'}", highlight=False,
+                  soft_wrap=True)
 
 
-def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: RunFolder, home: dict[str, Adapters],
-           first: int) -> None:
+def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: RunFolder,
+           home: dict[str, Adapters]) -> None:
     """The federated loop."""
-    for number in range(first, config.num_rounds):
+    for number in range(report.first, config.num_rounds):
         clients = [replace(client, start=home.get(client.name)) for client in server.sample(number)]
         sent = server.broadcast
         bring_to(job.model, sent)
