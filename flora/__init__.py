@@ -10,11 +10,11 @@ __version__ = "0.1.0"
 _WHERE = {
     "Adapter": "adapter", "Adapters": "adapter", "stack": "adapter", "mean": "adapter", "pad": "adapter",
     "truncate": "adapter", "compress": "adapter", "rescale": "adapter", "fold": "adapter",
-    "LoRALinear": "nn", "attach": "nn", "adapters": "nn", "load_adapters": "nn", "merge": "nn", "detach": "nn",
+    "LoRALinear": "layer", "attach": "nn", "adapters": "nn", "load_adapters": "nn", "merge": "nn", "detach": "nn",
     "Update": "messages", "Broadcast": "messages", "aggregate": "strategies", "STRATEGIES": "strategies",
     "LocalClient": "client", "TrainConfig": "client", "Cohort": "cohort", "run": "engines.local",
 }
-_MODULES = ("adapter", "cli", "client", "cohort", "config", "data", "engines", "errors", "evaluate", "formats", "kernels",
+_MODULES = ("adapter", "cli", "client", "cohort", "config", "data", "engines", "errors", "evaluate", "formats", "kernels", "layer",
             "messages", "nn", "ops", "report", "server", "strategies")
 __all__ = sorted(_WHERE)
 
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from flora.client import LocalClient, TrainConfig
     from flora.cohort import Cohort
     from flora.engines.local import run
+    from flora.layer import LoRALinear
     from flora.messages import Broadcast, Update
-    from flora.nn import LoRALinear, adapters, attach, detach, load_adapters, merge
+    from flora.nn import adapters, attach, detach, load_adapters, merge
     from flora.strategies import STRATEGIES, aggregate
 
 

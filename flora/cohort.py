@@ -23,8 +23,9 @@ from flora.client import LocalClient, TrainConfig, learning_rate_factor
 from flora.data.batches import collate, num_label_tokens, steps_per_epoch, training_steps
 from flora.errors import ConfigError, DataError, RunError, TrainingError
 from flora.evaluate import completion_loss, device_of
+from flora.layer import LoRALinear
 from flora.messages import Broadcast, Update
-from flora.nn import LoRALinear, applied, merge, target_shapes
+from flora.nn import applied, merge, target_shapes
 from flora.seeds import derive
 
 log = logging.getLogger(__name__)

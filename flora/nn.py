@@ -1,114 +1,15 @@
-"""The drop-in layer, and the five verbs on a model: attach, adapters, load_adapters, merge, detach.
-
-A target module is wrapped, not rebuilt: the wrapper holds the original module as `base`, so weights stay tied as they were,
-nothing is copied, and detach puts back the very same object. Targets are `nn.Linear` and GPT-2's `Conv1D` (whose weight is
-stored transposed).
-"""
+"""The verbs on a model: attach, adapters, load_adapters, merge, detach; which of its modules can carry an adapter."""
 import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flora import ops
-from flora.adapter import Adapter, Adapters, fresh
+from flora.adapter import Adapter, Adapters
 from flora.errors import TargetError
-from flora.seeds import derive
-
-
-@dataclass
-class Routing:
-    """What the layers of one model must know of the batch: shared by all, set before a forward pass.
-
-    segments: which rows and ranks are whose (None: one client). row_keys: int64 (rows,) keys for dropout (None: drawn).
-    """
-    segments: ops.Segments | None = None
-    row_keys: Tensor | None = None
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def _matrix(module: nn.Module) -> Tensor:
-    """The weight as (out, in): a transposed view for Conv1D, so that writing to it writes to the parameter."""
-    return module.weight.T if _is_conv1d(module) else module.weight
-
-
-class LoRALinear(nn.Module):
-    """y = base(x) + ((dropout(x) Aᵀ) · scale) Bᵀ, without ΔW.
-
-    base: nn.Linear or Conv1D, its weight frozen here; A (rank, in) and B (out, rank) train; scale fp32 (rank,) does not.
-    dtype: of A and B; None: fp32, or fp64 beside an fp64 weight. Raises TargetError for other modules. arXiv 2106.09685.
-    """
-
-    def __init__(self, base: nn.Module, rank: int = 16, alpha: float = 32, dropout: float = 0.0,
-                 dtype: torch.dtype | None = None):
-        super().__init__()
-        if not (type(base) is nn.Linear or _is_conv1d(base)) or base.weight.dtype not in ops.FLOATS:
-            raise TargetError(f"expected an nn.Linear or Conv1D with a floating-point weight; got {type(base).__name__}. "
-                              "Leave it out of targets.")
-        if not 0.0 <= dropout < 1.0:
-            raise TargetError(f"expected a dropout in [0, 1); got {dropout}")
-        self.base, self.dropout, self.routing, self.name = base, dropout, Routing(), ""
-        self.frozen: ops.Frozen | None = None
-        weight = _matrix(base)
-        dtype = dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
-        start = fresh(tuple(weight.shape), rank, alpha, int(torch.randint(1 << 62, ()))).to(weight.device, dtype)
-        self.A, self.B = nn.Parameter(start.A), nn.Parameter(start.B)
-        self.register_buffer("scale", start.scale)
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias
-
-    @property
-    def in_features(self) -> int:
-        return self.A.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self.B.shape[0]
-
-    @property
-    def adapter(self) -> Adapter:
-        """A, B and scale as they are now: detached copies."""
-        return Adapter(self.A.detach().clone(), self.B.detach().clone(), self.scale.clone())
-
-    def load(self, adapter: Adapter) -> None:
-        """Takes an adapter of any rank; parameters are written in place where the rank is the same, replaced where it is not."""
-        with torch.no_grad():
-            for name, value in (("A", adapter.A), ("B", adapter.B)):
-                old = getattr(self, name)
-                if old.shape == value.shape:
-                    old.copy_(value)
-                else:
-                    new = value.detach().to(old.device, old.dtype, copy=True)
-                    setattr(self, name, nn.Parameter(new, requires_grad=old.requires_grad))
-            self.scale = adapter.scale.detach().to(self.scale.device, copy=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        seed = self.routing.row_keys
-        if dropout and seed is not None:                       # layers of one batch draw different masks
-            seed = ops.row_keys(seed, derive(self.name))
-        return ops.lora_linear(x, _matrix(self.base), self.A, self.B, self.scale, self.base.bias,
-                               row_offsets=self.routing.segments, frozen=self.frozen, dropout=dropout, seed=seed)
-
-    def _apply(self, fn, recurse: bool = True):
-        scale = self.scale
-        super()._apply(fn, recurse)
-        self.scale = scale.to(self.scale.device)               # model.half() must not round alpha / rank
-        return self
-
-    def extra_repr(self) -> str:
-        return f"rank={self.A.shape[0]}, dropout={self.dropout}"
+from flora.layer import LoRALinear, Routing, is_linear, matrix
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -119,7 +20,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
     """Every module that could carry an adapter, or does, by the qualified name that it has without one."""
     carried = {layer.base: name for name, layer in lora_layers(model).items()}
-    return {carried.get(m, name): m for name, m in model.named_modules() if type(m) is nn.Linear or _is_conv1d(m)}
+    return {carried.get(m, name): m for name, m in model.named_modules() if is_linear(m)}
 
 
 def _heads(model: nn.Module) -> list[nn.Module]:
@@ -159,7 +60,7 @@ def target_shapes(model: nn.Module, targets: str | Sequence[str] = "all-linear",
                           f"Linear modules of this model: {exist}; blocks: "
                           f"{sorted({i for n in linears if (i := _layer_index(n)) is not None})}.")
     _refuse_tied(model, chosen)
-    return {name: tuple(_matrix(module).shape) for name, module in chosen.items()}
+    return {name: tuple(matrix(module).shape) for name, module in chosen.items()}
 
 
 def _refuse_tied(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
@@ -281,7 +182,7 @@ def _bases(model: nn.Module, adapters: Adapters) -> dict[str, nn.Module]:
         if base is None or base.weight.dtype not in ops.FLOATS:
             raise TargetError(f"expected a linear module named {name!r} in the model, its weight in floating point; got "
                               f"{base and base.weight.dtype}. Was the adapter made for another model?")
-        _check_shape(name, adapter, tuple(_matrix(base).shape))
+        _check_shape(name, adapter, tuple(matrix(base).shape))
     _refuse_tied(model, bases)
     return bases
 
@@ -294,7 +195,7 @@ def merge(model: nn.Module, adapters: Adapters) -> nn.Module:
     """
     with torch.no_grad():
         for name, base in _bases(model, adapters).items():
-            weight = _matrix(base)
+            weight = matrix(base)
             adapter = adapters[name].to(weight.device)
             ops.merge_(weight, adapter.A, adapter.B, adapter.scale)
     return model

@@ -188,6 +188,22 @@ def test_a_start_for_another_model_is_refused_and_nothing_stays_attached():
         assert not lora_layers(model)
 
 
+def test_a_merge_without_a_version_of_its_own_is_not_lost():
+    model, clean, merge = llama(), llama(), start_of(3)
+    cohort = Cohort(model, [client_of(2)], CONFIG, TARGETS)
+    cohort.fit(Broadcast())
+    for _ in range(2):
+        cohort.fit(Broadcast(merge=merge))                      # version 0, as the broadcast before it
+    flora.merge(clean, merge)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), clean.parameters(), strict=True))
+
+
+def test_a_client_behind_a_strategy_that_never_merges_has_missed_nothing():
+    cohort = Cohort(llama(), [client_of(2)], CONFIG, TARGETS)
+    for version in (0, 3):
+        assert cohort.fit(Broadcast(start=start_of(2), version=version, run="r"))[0].base_version == version
+
+
 def test_an_update_is_a_copy_on_the_cpu():
     start = start_of(4)
     update = fit(client_of(), Broadcast(start=start, train="A"))

@@ -214,7 +214,9 @@ def test_a_folder_that_holds_a_run_is_refused_unless_overwritten(place):
     before = (folder / "metrics.jsonl").read_bytes()
     with pytest.raises(RunError, match="holds a run already.*--overwrite"):
         flora.run(config)
-    assert (folder / "metrics.jsonl").read_bytes() == before
+    with pytest.raises(DataError, match="nowhere"):             # the old run goes only when the new one can start
+        flora.run({**config, "overwrite": True, "dataset": "./nowhere.jsonl"})
+    assert (folder / "metrics.jsonl").read_bytes() == before and (folder / "model").exists()
     (folder / "rounds" / "7").mkdir()
     assert flora.run({**config, "overwrite": True}) == folder and not (folder / "rounds" / "7").exists()
 

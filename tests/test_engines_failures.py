@@ -204,6 +204,7 @@ def test_a_round_in_which_everybody_fails_changes_nothing(place, strategy):
     rows = read_metrics(folder)
     assert len(of(rows, "failure")) == 8 and not of(rows, "client")
     assert len({row["eval_loss"] for row in of(rows, "server")}) == 1 and state(folder)["state"] == "finished"
+    assert not (folder / "rounds").exists()                     # an earlier stack must not pass for this round's
 
 
 def test_an_error_marks_the_run_failed(place, monkeypatch):

@@ -10,7 +10,8 @@ from tiny import ROOT
 LAYERS = [
     ["seeds", "files", "errors", "config"], ["kernels.reference", "kernels.native", "kernels.triton"], ["kernels"], ["ops"],
     ["adapter"],
-    ["nn"], ["messages"], ["formats"], ["strategies"], ["data"], ["evaluate"], ["client"], ["cohort"], ["group"], ["server"],
+    ["layer"], ["nn"], ["messages"], ["formats"], ["strategies"], ["data"], ["evaluate"], ["client"], ["cohort"], ["group"],
+    ["server"],
     ["checkpoint"], ["report"], ["engines.prepare"], ["engines.local", "engines.flower", "engines.nvflare"], ["engines"],
     ["integrations"], ["doctor"], ["cli"]]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -9,7 +9,8 @@ from torch import nn
 import flora
 from flora.adapter import Adapter
 from flora.errors import TargetError
-from flora.nn import LoRALinear, applied, lora_layers, target_shapes
+from flora.layer import LoRALinear
+from flora.nn import applied, lora_layers, target_shapes
 
 MODELS = {"llama": llama, "gpt2": gpt2}
 

@@ -11,7 +11,8 @@ import flora
 from flora import ops
 from flora.adapter import Adapter, pad
 from flora.errors import AdapterError, TargetError
-from flora.nn import LoRALinear, applied, lora_layers
+from flora.layer import LoRALinear
+from flora.nn import applied, lora_layers
 
 
 def twins(dtype, rank=4, alpha=6, bias=True):
@@ -211,3 +212,22 @@ def test_training_a_tiny_model_moves_only_the_adapters():
     assert losses[-1] < losses[0] - 0.1
     assert all(torch.equal(p, base[n]) for n, p in model.named_parameters() if not p.requires_grad)
     assert all(a.B.any() for a in flora.adapters(model).values())
+
+
+class Renamed(nn.Linear):
+    """A subclass with no state of its own, as Falcon's."""
+
+
+class Counting(nn.Linear):
+    """A subclass that keeps more than a weight and a bias: what its forward does with it is not ours to guess."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("seen", torch.zeros(1))
+
+
+def test_a_subclass_of_linear_carries_an_adapter_if_it_has_no_state_of_its_own():
+    model = nn.ModuleDict({"plain": Renamed(4, 3), "counting": Counting(4, 3), "attention": nn.MultiheadAttention(4, 2)})
+    assert list(lora_layers(flora.attach(model, rank=2))) == ["plain"]
+    with pytest.raises(flora.errors.TargetError, match="counting"):
+        flora.attach(flora.detach(model), rank=2, targets=("counting",))
