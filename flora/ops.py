@@ -4,6 +4,7 @@ Every operator is defined once in the library `flora` (torch.library), so `torch
 picks a backend (flora.kernels). The autograd.Function stands outside the operator; its forward keeps `h` for the backward.
 """
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from operator import index
 from typing import Protocol
@@ -33,7 +34,8 @@ def _implement(op: str, written: int = 0) -> None:
     written in place (the first `written` arguments) bumped."""
     def body(*args):
         device = args[0].device
-        with torch.autocast(device.type, enabled=False):
+        casts = torch.is_autocast_enabled(device.type)          # asking costs less than entering the block
+        with torch.autocast(device.type, enabled=False) if casts else nullcontext():
             result = kernels.resolve(op, device)(*args)
         if written:
             torch.autograd.graph.increment_version(args[:written])
@@ -118,8 +120,7 @@ class Segments:
 def row_keys(*parts: int | Tensor) -> Tensor:
     """Mixes ints and int64 tensors (broadcast together) into keys for dropout: (client, step, sequence, position).
 
-    Returns int64 of the broadcast shape. Each part goes through the finaliser of SplitMix64, so keys of neighbouring
-    positions are unrelated.
+    Returns int64 of the broadcast shape. Each part goes through SplitMix64's finaliser: neighbours' keys are unrelated.
     """
     def mix(z: Tensor) -> Tensor:
         for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
@@ -129,12 +130,9 @@ def row_keys(*parts: int | Tensor) -> Tensor:
     device = next((part.device for part in parts if isinstance(part, Tensor)), None)
     state = torch.zeros((), dtype=torch.int64, device=device)
     for part in parts:
-        state = mix(state + (part if isinstance(part, Tensor) else _wrap64(part)) - 0x61C8864680B583EB)
+        number = part if isinstance(part, Tensor) else (part + (1 << 63)) % (1 << 64) - (1 << 63)       # as int64
+        state = mix(state + number - 0x61C8864680B583EB)
     return state
-
-
-def _wrap64(value: int) -> int:
-    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def _check(what: str, good: bool, expected: str, got: object) -> None:
@@ -144,7 +142,10 @@ def _check(what: str, good: bool, expected: str, got: object) -> None:
 
 def _check_ranks(what: str, ranks: tuple[Tensor, Tensor, Tensor], shape: tuple[int, int], device: torch.device) -> None:
     """A (R, in), B (out, R), scale (R,) for a weight of this shape (out, in), floating point, on this device."""
-    (A, B, scale), (N, K) = ranks, shape
+    (A, B, scale), (N, K) = ranks, shape                        # messages are composed only where one is needed
+    if (A.dim() == 2 and A.shape[1] == K and B.shape == (N, A.shape[0]) and scale.shape == (A.shape[0],)
+            and all(tensor.dtype in FLOATS and tensor.device == device for tensor in ranks)):
+        return
     _check(f"{what} A", A.dim() == 2 and A.shape[1] == K, f"(rank, {K}), the weight being ({N}, {K})", tuple(A.shape))
     R = A.shape[0]
     _check(f"{what} B", B.dim() == 2 and tuple(B.shape) == (N, R), f"({N}, {R})", tuple(B.shape))
@@ -159,8 +160,8 @@ def _check_dtype(what: str, tensor: Tensor) -> None:
 
 
 def _check_weight(weight: Tensor) -> None:
-    _check("weight", weight.dim() == 2, "a matrix (out, in)", tuple(weight.shape))
     _check_dtype("weight", weight)
+    _check("weight", weight.dim() == 2, "a matrix (out, in)", tuple(weight.shape))
 
 
 def _check_writable(what: str, tensor: Tensor) -> None:
@@ -242,8 +243,8 @@ def lora_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: Tensor, 
         _check("row_offsets", segments.num_rows == flat.shape[0], f"{flat.shape[0]} as the last (rows of x)", segments.num_rows)
         _check("rank_offsets", segments.num_ranks == A.shape[0], f"{A.shape[0]} as the last (ranks of A)", segments.num_ranks)
     frozen_tensors, ranges = _frozen_operand(frozen, weight, segments)
-    packed = (None, None, ranges, A.shape[0]) if segments is None else (
-        segments.row_offsets, segments.rank_offsets, ranges, segments.max_rank)
+    offsets = (segments.row_offsets, segments.rank_offsets) if segments else (None, None)
+    packed = (*offsets, ranges, segments.max_rank if segments else A.shape[0])
     y = _LoRALinear.apply(flat, A, B, weight.detach(), None if bias is None else bias.detach(), scale.detach().float(),
                           frozen_tensors, packed, float(dropout), _keys(seed, flat) if dropout > 0 else None)
     return y.reshape(*x.shape[:-1], weight.shape[0])

@@ -67,8 +67,13 @@ def _choose(op: str, device: str) -> Choice:
 
 def resolve(op: str, device: torch.device | str) -> Callable:
     """The function that runs an operator on a device. Raises BackendError where a forced backend cannot."""
-    choice = _choose(op, torch.device(device).type)
-    return getattr(_load(choice.backend)[0], op)
+    return _function(op, device.type if isinstance(device, torch.device) else torch.device(device).type, _forced)
+
+
+@functools.cache
+def _function(op: str, device: str, forced: str | None) -> Callable:
+    """resolve, remembered: 224 layers ask at every pass."""
+    return getattr(_load(_choose(op, device).backend)[0], op)
 
 
 @contextlib.contextmanager
