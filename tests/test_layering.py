@@ -8,7 +8,8 @@ import pytest
 from tiny import ROOT
 
 LAYERS = [
-    ["seeds", "files", "errors", "config"], ["kernels.reference", "kernels.native", "kernels.triton"], ["kernels"], ["ops"],
+    ["seeds", "files", "errors", "config"], ["checks"], ["segments"],
+    ["kernels.reference", "kernels.native", "kernels.triton"], ["kernels"], ["ops"],
     ["adapter"],
     ["layer"], ["nn"], ["messages"], ["formats"], ["strategies"], ["data"], ["evaluate"], ["client"], ["cohort"], ["group"],
     ["server"],

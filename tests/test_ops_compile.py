@@ -26,10 +26,10 @@ def operator_arguments(case):
     frozen = [] if case.frozen is None else [case.frozen.A, case.frozen.B, case.frozen.scale]
     segments = [as_tensor(case.row_offsets), as_tensor(case.rank_offsets), as_tensor(case.ranges)]
     width = max(r.stop - r.start for _, _, r in case.segments())
-    forward = (case.x, case.weight, case.bias, case.A, case.B, case.scale, frozen, *segments, width, case.dropout, case.keys)
+    keys = [case.keys] if case.dropout else []
+    shared = ([case.A], [case.B], [case.scale], frozen, *segments, [width], case.dropout, keys)
     h = torch.randn(len(case.x), width).to(case.dtype)
-    return forward, lambda x, needs: (case.dy, x, h, case.weight, case.A, case.B, case.scale, frozen, *segments, case.dropout,
-                                      case.keys, needs)
+    return (case.x, [case.weight], [case.bias], *shared), lambda x, needs: ([case.dy], x, h, [case.weight], *shared, needs)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,7 +15,7 @@ import torch
 from flora.errors import BackendError
 
 BACKENDS = ("triton", "native", "reference")
-OPERATORS = ("lora_linear", "lora_linear_backward", "merge_", "stack_")
+OPERATORS = ("lora_linear", "lora_linear_backward", "lora_add_", "merge_", "stack_")
 
 _forced: str | None = None
 
@@ -41,21 +41,27 @@ def _load(name: str) -> tuple[object | None, str]:
         return None, str(error)
 
 
-def _missing(name: str, op: str, device: str) -> str:
-    """Why a backend cannot run an operator on a kind of device; "" where it can."""
+def _missing(name: str, op: str, device: str, dtype: torch.dtype | None = None) -> str:
+    """Why a backend cannot run an operator on a kind of device, in a dtype (None: in any); "" where it can.
+
+    A backend names its devices in OPERATORS, those it takes only when forced in WHEN_FORCED, what it cannot compute in REFUSED.
+    """
     module, why = _load(name)
     if module is None:
         return why
-    devices = module.OPERATORS.get(op, ())
+    devices, forced = module.OPERATORS.get(op, ()), getattr(module, "WHEN_FORCED", {}).get(op, ())
+    refused = getattr(module, "REFUSED", {}).get((device, dtype), "")
     if device in devices or "*" in devices:
-        return ""
+        return refused
+    if device in forced:
+        return refused if name == _forced else f"on {device} it runs only when forced (kernels.use)"
     return f"it has no {op}" + (f" for {device}, only for {', '.join(devices)}" if devices else "")
 
 
-def _choose(op: str, device: str) -> Choice:
+def _choose(op: str, device: str, dtype: torch.dtype | None = None) -> Choice:
     reasons = []
     for name in (_forced,) if _forced else BACKENDS:
-        why = _missing(name, op, device)
+        why = _missing(name, op, device, dtype)
         if not why:
             return Choice(op, device, name, "forced by kernels.use" if _forced else "; ".join(reasons) or "first choice")
         reasons.append(f"{name}: {why}")
@@ -65,15 +71,15 @@ def _choose(op: str, device: str) -> Choice:
                        f"Leave the `with flora.kernels.use({_forced!r})` block, or see `flora doctor`.")
 
 
-def resolve(op: str, device: torch.device | str) -> Callable:
-    """The function that runs an operator on a device. Raises BackendError where a forced backend cannot."""
-    return _function(op, device.type if isinstance(device, torch.device) else torch.device(device).type, _forced)
+def resolve(op: str, device: torch.device | str, dtype: torch.dtype | None = None) -> Callable:
+    """The function that runs an operator on a device in a dtype. Raises BackendError where a forced backend cannot."""
+    return _function(op, device.type if isinstance(device, torch.device) else torch.device(device).type, dtype, _forced)
 
 
 @functools.cache
-def _function(op: str, device: str, forced: str | None) -> Callable:
+def _function(op: str, device: str, dtype: torch.dtype | None, forced: str | None) -> Callable:
     """resolve, remembered: 224 layers ask at every pass."""
-    return getattr(_load(_choose(op, device).backend)[0], op)
+    return getattr(_load(_choose(op, device, dtype).backend)[0], op)
 
 
 @contextlib.contextmanager

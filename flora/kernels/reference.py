@@ -5,6 +5,7 @@
 `A` is (R, K), `B` is (N, R), `scale` is fp32 (R,), `weight` is (N, K), `x` is (M, K). Products run in x's dtype, `scale` is
 applied in fp32. ΔW is never formed. With offsets, rows `row_offsets[k]:row_offsets[k + 1]` use the ranks
 `rank_offsets[k]:rank_offsets[k + 1]`, and `h` holds them from column 0 on; without offsets there is one segment.
+Layers that read the same x come as lists.
 
 Dropout is a pure function of (row key, column), so the backward pass repeats the mask of the forward pass, nothing is
 stored, and a row has the same mask in whatever batch it stands. The mixer is the 32-bit finaliser of MurmurHash3.
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-OPERATORS = {"lora_linear": ("*",), "lora_linear_backward": ("*",), "merge_": ("*",), "stack_": ("*",)}
+OPERATORS = dict.fromkeys(("lora_linear", "lora_linear_backward", "lora_add_", "merge_", "stack_"), ("*",))
 
 _SIGN = 1 << 31
 
@@ -71,16 +72,28 @@ def _shrink(x: Tensor, A: Tensor, scale: Tensor) -> Tensor:
     return ((x @ A.to(x.dtype).T) * scale).to(x.dtype)
 
 
-def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: Tensor,
-                frozen: Sequence[Tensor], row_offsets: Tensor | None, rank_offsets: Tensor | None,
-                frozen_ranges: Tensor | None, width: int, dropout: float,
-                keys: Tensor | None) -> tuple[Tensor, Tensor]:
-    """y = x Wᵀ + bias + h Bᵀ, and h for the backward pass.
+def lora_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], As: Sequence[Tensor],
+                Bs: Sequence[Tensor], scales: Sequence[Tensor], frozen: Sequence[Tensor], row_offsets: Tensor | None,
+                rank_offsets: Tensor | None, frozen_ranges: Tensor | None, widths: Sequence[int], dropout: float,
+                keys: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """y_l = x W_lᵀ + bias_l + h_l B_lᵀ for every layer l that reads x, and h for the backward pass.
 
-    x (M, K); frozen is () or (A, B, scale) of ranks that do not train; width is the largest rank of a client.
-    Returns y (M, N) and h (M, width), both in x's dtype.
+    x (M, K); frozen is () or A, B, scale of each layer's ranks that do not train; widths[l] is the largest rank of a client.
+    Returns every y_l (M, N_l), and h (M, Σ widths), each layer's columns after those of the layer before; all in x's dtype.
     """
-    y = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    ys, hs = [], []
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        y = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        hs.append(lora_add_(y, x, As[i], Bs[i], scales[i], frozen[3 * i:3 * i + 3], row_offsets, rank_offsets, frozen_ranges,
+                            widths[i], dropout, keys[i] if keys else None))
+        ys.append(y)
+    return ys, hs[0] if len(hs) == 1 else torch.cat(hs, dim=1)
+
+
+def lora_add_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Tensor, frozen: Sequence[Tensor],
+              row_offsets: Tensor | None, rank_offsets: Tensor | None, frozen_ranges: Tensor | None, width: int,
+              dropout: float, keys: Tensor | None) -> Tensor:
+    """y += h Bᵀ, in place; returns h (M, width)."""
     h = x.new_zeros(x.shape[0], width) if row_offsets is not None else None
     dropped = x * dropout_mask(keys, x.shape[1], dropout, x.dtype) if keys is not None else x
     for k, rows, ranks in _segments(x.shape[0], A.shape[0], row_offsets, rank_offsets):
@@ -93,39 +106,60 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
         if frozen:
             fA, fB, fscale = _frozen_ranks(k, frozen, frozen_ranges)
             y[rows].addmm_(_shrink(x[rows], fA, fscale), fB.to(x.dtype).T)
-    return y, h
+    return h
 
 
-def lora_linear_backward(dy: Tensor, x: Tensor | None, h: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: Tensor,
-                         frozen: Sequence[Tensor], row_offsets: Tensor | None, rank_offsets: Tensor | None,
-                         frozen_ranges: Tensor | None, dropout: float, keys: Tensor | None,
-                         needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """dh = (dy B) · scale;  dx = dy W + dropout(dh A);  dA = dhᵀ dropout(x);  dB = dyᵀ h.
+def lora_linear_backward(dys: Sequence[Tensor], x: Tensor | None, h: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor],
+                         Bs: Sequence[Tensor], scales: Sequence[Tensor], frozen: Sequence[Tensor], row_offsets: Tensor | None,
+                         rank_offsets: Tensor | None, frozen_ranges: Tensor | None, widths: Sequence[int], dropout: float,
+                         keys: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """dh_l = (dy_l B_l) · scale_l;  dx = Σ dy_l W_l + dropout(dh_l A_l);  dA_l = dh_lᵀ dropout(x);  dB_l = dy_lᵀ h_l.
 
-    dy (M, N); needs says which of dx, dA, dB to compute (an empty tensor stands for one that is not).
-    x may be None where dA is not needed. Returns dx (M, K) in dy's dtype, dA (R, K), dB (N, R) in the factors' dtypes.
+    dys[l] (M, N_l); needs says which of dx, all dA, all dB to compute (an empty tensor stands for one that is not).
+    weights: () where the base product is another's, and dx is the LoRA path's alone. x may be None where no dA is needed.
+    Returns dx (M, K) in dy's dtype, dA_l (R, K), dB_l (N_l, R) in the factors' dtypes.
     """
+    L, dtype = len(As), dys[0].dtype
+    dx = dys[0].new_empty(0)
+    if needs[0]:
+        dx = dys[0] @ weights[0].to(dtype) if weights else dys[0].new_zeros(dys[0].shape[0], As[0].shape[1])
+        for dy, weight in zip(dys[1:], weights[1:], strict=bool(weights)):
+            dx.addmm_(dy, weight.to(dtype))
+    dAs, dBs, start = [], [], 0
+    for i in range(L):
+        own = (As[i], Bs[i], scales[i], frozen[3 * i:3 * i + 3], row_offsets, rank_offsets, frozen_ranges, dropout,
+               keys[i] if keys else None)
+        columns = h[:, start:start + widths[i]] if needs[1 + L + i] else h
+        dA, dB = _one_backward(dys[i], x, columns, dx, own, (needs[0], needs[1 + i], needs[1 + L + i]))
+        dAs.append(dA)
+        dBs.append(dB)
+        start += widths[i]
+    return dx, dAs, dBs
+
+
+def _one_backward(dy: Tensor, x: Tensor | None, h: Tensor, dx: Tensor, own: tuple,
+                  needs: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor]:
+    """One layer's dA and dB; adds its LoRA path to dx."""
+    A, B, scale, frozen, row_offsets, rank_offsets, frozen_ranges, dropout, keys = own
     need_x, need_A, need_B = needs
-    dtype, columns = dy.dtype, weight.shape[1]
-    dx = dy @ weight.to(dtype) if need_x else dy.new_empty(0)
     dA = torch.empty_like(A, memory_format=torch.contiguous_format) if need_A else A.new_empty(0)
     dB = torch.empty_like(B, memory_format=torch.contiguous_format) if need_B else B.new_empty(0)
-    mask = dropout_mask(keys, columns, dropout, dtype) if keys is not None else None
+    mask = dropout_mask(keys, A.shape[1], dropout, dy.dtype) if keys is not None else None
     for k, rows, ranks in _segments(dy.shape[0], A.shape[0], row_offsets, rank_offsets):
         dy_k = dy[rows]
         dh = _shrink(dy_k, B[:, ranks].T, scale[ranks]) if need_x or need_A else None
         if need_x and mask is None:
-            dx[rows].addmm_(dh, A[ranks].to(dtype))
+            dx[rows].addmm_(dh, A[ranks].to(dy.dtype))
         elif need_x:
-            dx[rows].addcmul_(dh @ A[ranks].to(dtype), mask[rows])
+            dx[rows].addcmul_(dh @ A[ranks].to(dy.dtype), mask[rows])
         if need_x and frozen:
             fA, fB, fscale = _frozen_ranks(k, frozen, frozen_ranges)
-            dx[rows].addmm_(_shrink(dy_k, fB.T, fscale), fA.to(dtype))
+            dx[rows].addmm_(_shrink(dy_k, fB.T, fscale), fA.to(dy.dtype))
         if need_A:
             dA[ranks] = (dh.T @ (x[rows] if mask is None else x[rows] * mask[rows])).to(A.dtype)
         if need_B:
             dB[:, ranks] = (dy_k.T @ h[rows, :ranks.stop - ranks.start]).to(B.dtype)
-    return dx, dA, dB
+    return dA, dB
 
 
 def merge_(weight: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> None:
