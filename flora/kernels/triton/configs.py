@@ -2,14 +2,15 @@
 
 SHIPPED is compiled ahead of time for every card (make aot), so that nothing here spills or outgrows a card's shared memory.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes (rows, output columns, inner columns, ranks), parts that K is split into, warps and pipeline stages."""
+    """Tile sizes (rows, output columns, inner columns, ranks), parts that K is split into, warps, pipeline stages, and the
+    oldest architecture (compute capability times ten) that it is for."""
     block_m: int = 64
     block_n: int = 64
     block_k: int = 64
@@ -17,15 +18,22 @@ class Config:
     splits: int = 1
     num_warps: int = 4
     num_stages: int = 3
+    arch: int = 80
 
 
-# Kernel -> its configurations. The first of each is the one for few rows, and for fp32.
+# Kernel -> its configurations, the first for few rows and for fp32. "_parts": calls with clients, dropout or frozen ranks, which
+# hold a tile's sums twice.
 SHIPPED = {
-    "shrink": (Config(32, 0, 64, 16, 4), Config(64, 0, 128, 16), Config(64, 0, 128, 64), Config(128, 0, 64, 16),
+    "shrink": (Config(32, 0, 64, 16, 4), Config(64, 0, 128, 16), Config(64, 0, 64, 64), Config(128, 0, 64, 16),
                Config(128, 0, 64, 64), Config(128, 0, 64, 128, num_warps=8)),
     "linear": (Config(32, 64, 32, 16), Config(64, 64, 64, 16), Config(128, 128, 64, 16, num_warps=8),
-               Config(128, 256, 64, 16, num_warps=8), Config(128, 128, 64, 64, num_warps=8)),
-    "expand": (Config(32, 64, 0, 16, num_stages=2), Config(64, 128, 0, 16, num_stages=2), Config(64, 128, 0, 64, num_stages=2)),
+               Config(128, 128, 64, 64, num_warps=8), Config(128, 256, 64, 16, num_warps=8, arch=90)),
+    "linear_parts": (Config(32, 64, 32, 16), Config(64, 64, 64, 16), Config(128, 64, 64, 16, num_warps=8),
+                     Config(128, 128, 64, 16, num_warps=8, arch=90)),
+    "expand": (Config(32, 64, 0, 16, num_stages=2), Config(64, 128, 0, 16, num_stages=2),
+               Config(64, 128, 0, 64, num_warps=8, num_stages=2)),
+    "expand_parts": (Config(32, 32, 0, 16, num_stages=2), Config(64, 64, 0, 16, num_stages=2),
+                     Config(64, 64, 0, 64, num_warps=8, num_stages=2)),
     "outer": (Config(32, 64, 0, 16, num_stages=2), Config(64, 128, 0, 16), Config(64, 128, 0, 64, num_warps=8)),
     "dy_pass": (Config(32, 64, 0, 16, num_stages=2), Config(128, 64, 0, 16, num_warps=8, num_stages=2),
                 Config(128, 64, 0, 32, num_warps=8, num_stages=2)),
@@ -36,51 +44,58 @@ CHUNK_ROWS = 1024
 ONE_PASS_RANKS = 32
 
 
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+def arch_of(device: torch.device) -> int:
+    """Compute capability times ten; that of an H100 under the interpreter, which has every configuration."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
-def _fits(config: Config, columns: int) -> bool:
-    return config.block_r >= columns or config.block_r >= 64
+def _small(M: int, dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 or M < 64
 
 
-def _choose(kernel: str, M: int, columns: int, dtype: torch.dtype, large: int = 2048) -> Config:
+def _by_rank(kernel: str, M: int, columns: int, dtype: torch.dtype) -> Config:
     """The first configuration for few rows and for fp32 (whose tiles are twice as large), else the smallest that holds the
-    ranks of a tile, with taller tiles from `large` rows on."""
+    ranks of a tile, with taller tiles from 2,048 rows on."""
     shipped = SHIPPED[kernel]
-    if dtype == torch.float32 or M < 64:
+    if _small(M, dtype):
         return shipped[0]
-    fitting = [config for config in shipped[1:] if _fits(config, columns)]
-    tall = [config for config in fitting if config.block_m >= 128] if large <= M else []
+    fitting = [config for config in shipped[1:] if config.block_r >= min(columns, 64)]
+    tall = [config for config in fitting if config.block_m >= 128] if M >= 2048 else []
     return min(tall or fitting, key=lambda c: (c.block_r, c.block_m))
 
 
 def shrink_config(M: int, K: int, columns: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """Splits K until there are two tiles a multiprocessor, in parts of at least four steps."""
-    config = _choose("shrink", M, columns, dtype)
+    """Splits K until there are two tiles a multiprocessor, in parts of at least four steps, eight parts at most."""
+    config = _by_rank("shrink", M, columns, dtype)
+    if columns > 64 and config.block_r == 64:
+        config = SHIPPED["shrink"][-1]
     tiles = -(-M // config.block_m) * -(-columns // config.block_r)
-    wanted = max(1, 2 * _multiprocessors(device) // tiles)
-    splits = max(1, min(wanted, config.splits if device.type == "cpu" else 8, K // (4 * config.block_k)))
-    return Config(**{**config.__dict__, "splits": splits})
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    splits = max(1, min(2 * processors // tiles, 8, K // (4 * config.block_k)))
+    return replace(config, splits=splits)
 
 
-def linear_config(M: int, N: int, ranks: int, dtype: torch.dtype, segmented: bool) -> Config:
-    """Tiles that hold two clients' sums at once (segmented) must be 128 columns wide at most, or they spill."""
-    if dtype == torch.float32 or M < 64:
-        return SHIPPED["linear"][0]
-    if M < 1024:
-        return SHIPPED["linear"][1]
-    return SHIPPED["linear"][2 if segmented or N < 2048 else 3]
+def linear_config(M: int, N: int, ranks: int, dtype: torch.dtype, parts: bool, device: torch.device) -> Config:
+    """The largest tile that fills the card: the widest from 2,048 columns on."""
+    shipped = SHIPPED["linear_parts" if parts else "linear"]
+    if _small(M, dtype) or M < 1024:
+        return shipped[0 if _small(M, dtype) else 1]
+    wide = shipped[-1] if N >= 2048 and shipped[-1].arch <= arch_of(device) else shipped[2]
+    return shipped[3] if not parts and ranks > 64 else wide
 
 
-def expand_config(M: int, ranks: int, dtype: torch.dtype) -> Config:
-    return _choose("expand", M, ranks, dtype)
+def expand_config(M: int, ranks: int, dtype: torch.dtype, parts: bool) -> Config:
+    return _by_rank("expand_parts" if parts else "expand", M, ranks, dtype)
 
 
 def outer_config(M: int, ranks: int, dtype: torch.dtype) -> Config:
-    return _choose("outer", M, ranks, dtype)
+    return _by_rank("outer", M, ranks, dtype)
 
 
 def dy_pass_config(M: int, ranks: int, dtype: torch.dtype) -> Config:
-    fitting = [c for c in SHIPPED["dy_pass"][1:] if c.block_r >= ranks]
-    return SHIPPED["dy_pass"][0] if dtype == torch.float32 or M < 64 or not fitting else fitting[0]
+    """For at most ONE_PASS_RANKS ranks; a tile holds all of them."""
+    fitting = [c for c in SHIPPED["dy_pass"] if c.block_r >= ranks and (c.block_m < 64) == _small(M, dtype)]
+    return fitting[0] if fitting else SHIPPED["dy_pass"][-1]

@@ -81,8 +81,8 @@ def add_low_rank(y: Tensor, h: Tensor, b: Tensor, of: tiles.Ranks, width: int, l
     hf, bf, f_of = frozen or (None, None, tiles.Ranks(None, None, 0, 0))
     segmented, f_segmented = of.bounds is not None, f_of.bounds is not None
     if config is None:
-        few = max(of.ranks if not segmented else width, 1)
-        config = expand_config(M, few, y.dtype) if x is None else linear_config(M, N, few, y.dtype, segmented or f_segmented)
+        ranks, parts = width if segmented else of.ranks, segmented or f_segmented or keys is not None or frozen is not None
+        config = expand_config(M, ranks, y.dtype, parts) if x is None else linear_config(M, N, ranks, y.dtype, parts, device)
     owner = of if segmented else f_of
     spans = tiles.spans(owner, config.block_m, device) if segmented or f_segmented else None
     grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
