@@ -64,6 +64,13 @@ class Case:
         self.rank_offsets = [sum(ranks[:k]) for k in range(len(ranks) + 1)] if rows is not None else None
         self.row_offsets = [sum(rows[:k]) for k in range(len(rows) + 1)] if rows is not None else None
 
+    def to(self, device):
+        """The same case elsewhere."""
+        for name, value in vars(self).items():
+            if isinstance(value, (Tensor, Adapter)):
+                setattr(self, name, value.to(device))
+        return self
+
     @property
     def operands(self):
         """What gets a gradient."""

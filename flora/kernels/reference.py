@@ -158,7 +158,7 @@ def _one_backward(dy: Tensor, x: Tensor | None, h: Tensor, dx: Tensor, own: tupl
         if need_A:
             dA[ranks] = (dh.T @ (x[rows] if mask is None else x[rows] * mask[rows])).to(A.dtype)
         if need_B:
-            dB[:, ranks] = (dy_k.T @ h[rows, :ranks.stop - ranks.start]).to(B.dtype)
+            dB[:, ranks] = (h[rows, :ranks.stop - ranks.start].T @ dy_k).T.to(B.dtype)
     return dA, dB
 
 

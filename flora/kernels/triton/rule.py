@@ -7,10 +7,13 @@ What was measured on this card decides: the table that `flora tune` wrote, else 
 two that each of rows, out, in and ranks rounds to. A shape that no table has gets cuBLAS throughout, which is the `addmm_`
 form that flora never falls below; clients and dropout get our skinny passes and cuBLAS for the base.
 """
+import contextlib
 import functools
 import json
+import math
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +44,7 @@ def device_key(name: str) -> str:
 
 def shape_key(op: str, M: int, N: int, K: int, ranks: int, segmented: bool, dtype: torch.dtype) -> str:
     """The key of a table's entry, each size rounded to the nearest power of two: "forward 8192x4096x4096 r16 bfloat16"."""
-    M, N, K, ranks = (1 << max(0, round((max(n, 1) ** 2).bit_length() / 2 - 0.5)) for n in (M, N, K, ranks))
+    M, N, K, ranks = (1 << round(math.log2(max(n, 1))) for n in (M, N, K, ranks))
     return f"{op} {M}x{N}x{K} r{ranks} {str(dtype).split('.')[1]}" + (" clients" if segmented else "")
 
 
@@ -62,6 +65,17 @@ def _form(op: str, M: int, N: int, K: int, ranks: int, segmented: bool, dropout:
 
 
 _forced: Form | None = None
+
+
+@contextlib.contextmanager
+def use(form: Form) -> Iterator[None]:
+    """Every call gets this form while the block runs (clients and dropout still get our skinny passes)."""
+    global _forced
+    before, _forced = _forced, form
+    try:
+        yield
+    finally:
+        _forced = before
 
 
 def form(op: str, M: int, N: int, K: int, ranks: int, segmented: bool, dropout: bool, dtype: torch.dtype,
