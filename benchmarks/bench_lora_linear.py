@@ -1,61 +1,89 @@
-"""Forward and backward of the seven linears of SmolLM2-135M: flora's operator, PEFT's layer, the addmm form, the bare products.
+"""The seven linears of a decoder layer, forward and forward + backward: flora, PEFT, the addmm form, torch.compile, bare products.
 
-The limit is the bare products (frozen weight, dx only): what a LoRA layer would cost if the adapters were free.
+    python -m benchmarks.bench_lora_linear [--models 7B ...] [--rows 8192 ...] [--ranks 16 ...] [--dtypes bf16 ...]
+
+Kinds of call: one adapter; a stack of ten on all rows; ten clients with the ranks of the FLoRA paper. The limit is this
+machine's roofline of the same split: the larger of operations over its measured peak and bytes over its copy bandwidth.
 """
-import sys
+import argparse
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from torch import nn
 
 from benchmarks.gate import require_green
-from benchmarks.measure import interleaved, publish, rows_of
-from benchmarks.shapes import SMOLLM2_135M
-from flora import nn as flora_nn
+from benchmarks.measure import copy_bandwidth, interleaved, matmul_peak, publish, rows_of
+from benchmarks.shapes import MODELS, RANKS
+from benchmarks.variants import READS, DecoderLinears, Shapes, variants
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def tree() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.ModuleDict({name: nn.Linear(n_in, n_out, bias=False) for name, n_out, n_in in SMOLLM2_135M}).requires_grad_(False)
+def roofline(shapes: Shapes, num_rows: int, rank: int, itemsize: int, peak: float, bandwidth: float, backward: bool) -> float:
+    """Seconds of the ideal split: per linear, each pass bound by its operations or by its bytes, every tensor moved once a pass."""
+    seconds = 0.0
+    for _, N, K in shapes:
+        M, R = num_rows, rank
+        base, skinny = 2 * M * N * K, 2 * M * R
+        passes = [(base + skinny * N, M * K + M * N + N * K), (skinny * K, M * K)]                 # y with h Bᵀ; h
+        if backward:
+            passes += [(base + skinny * K, M * K + M * N + N * K), (2 * skinny * N, M * N), (skinny * K, M * K)]
+        seconds += sum(max(operations / peak, elements * itemsize / bandwidth) for operations, elements in passes)
+    return seconds
 
 
-class AddmmLinear(nn.Module):
-    """The floor: y = x Wᵀ, then addmm_ of the two skinny products; autograd derives the backward."""
+def measure(kind: str, model: str, num_rows: int, ranks: list[int], name: str, device: str, compiled: bool, limits: tuple) -> list:
+    """The rows of one case, forward alone and with the backward pass."""
+    dtype, shapes, rows = DTYPES[name], MODELS[model], []
+    widths = {READS[layer]: n_in for layer, _, n_in in shapes}
+    inputs = [torch.randn(num_rows, widths[i], dtype=dtype, device=device, requires_grad=True) for i in sorted(widths)]
+    grads = [torch.randn(num_rows, n_out, dtype=dtype, device=device) for _, n_out, _ in shapes]
 
-    def __init__(self, base: nn.Linear, rank: int):
-        super().__init__()
-        self.base, self.scale = base, 2.0
-        self.A = nn.Parameter(torch.randn(rank, base.in_features) * 0.02)
-        self.B = nn.Parameter(torch.randn(base.out_features, rank) * 0.02)
+    def forward(layers: DecoderLinears) -> None:
+        with torch.no_grad():
+            layers(inputs)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.addmm(self.base(x), x @ self.A.T, self.B.T, alpha=self.scale)
+    def both(layers: DecoderLinears) -> None:
+        torch.autograd.backward(layers(inputs), grads)
+        for parameter in (*layers.parameters(), *inputs):
+            parameter.grad = None
 
-
-def variants(rank: int) -> dict[str, nn.ModuleDict]:
-    targets = [name for name, _, _ in SMOLLM2_135M]
-    peft = inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, lora_dropout=0.0), tree())
-    addmm = nn.ModuleDict({name: AddmmLinear(layer, rank) for name, layer in tree().items()})
-    return {"flora": flora_nn.attach(tree(), rank=rank, alpha=2 * rank), "peft": peft, "addmm form": addmm, "bare products": tree()}
+    found = variants(kind, shapes, ranks, num_rows, dtype, device, compiled)
+    against = "peft" if "peft" in found else "flora, one adapter of rank 16"
+    for what, call in (("forward", forward), ("forward + backward", both)):
+        seconds = interleaved({variant: (lambda c=call, m=layers: c(m)) for variant, layers in found.items()})
+        used = max(ranks) if kind == "clients" else sum(ranks)
+        limit = roofline(shapes, num_rows, used, dtype.itemsize, *limits[name], backward=call is both)
+        case = f"{model}, {num_rows} rows, {kind}, rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}, {name}, {what}"
+        rows += rows_of(case, seconds, against, limit)
+    return rows
 
 
 def main() -> None:
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["1B", "3B", "7B", "70B"] if gpu else ["SmolLM2-135M"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[512, 2048, 8192, 32768] if gpu else [256, 2048])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[4, 16, 64, 256] if gpu else [16, 64])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"] if gpu else ["fp32", "bf16"])
+    parser.add_argument("--kinds", nargs="+", choices=["one", "stack", "clients"], default=["one", "stack", "clients"])
+    parser.add_argument("--allocator", choices=["default", "raised"], default="raised",
+                        help="raised: the C allocator keeps large blocks (flora._host.tune_allocator), for every variant alike")
+    parser.add_argument("--compile", action="store_true", default=gpu, help="torch.compile of the formula too")
+    options = parser.parse_args()
     require_green("tests/test_ops.py")
+    if options.allocator == "raised" and not gpu:
+        from flora import _host
+        _host.tune_allocator()
+    device = "cuda" if gpu else "cpu"
+    limits = {name: (matmul_peak(DTYPES[name], device), copy_bandwidth(device)) for name in options.dtypes}
     rows = []
-    for num_rows in (int(value) for value in sys.argv[1:] or (256, 2048)):
-        for rank in (8, 64):
-            inputs = {name: torch.randn(num_rows, n_in, requires_grad=True) for name, _, n_in in SMOLLM2_135M}
-            grads = {name: torch.randn(num_rows, n_out) for name, n_out, _ in SMOLLM2_135M}
-
-            def step(layers: nn.ModuleDict, inputs: dict = inputs, grads: dict = grads) -> None:
-                for name, layer in layers.items():
-                    layer(inputs[name]).backward(grads[name])
-
-            models = variants(rank)
-            seconds = interleaved({name: (lambda m=model: step(m)) for name, model in models.items()})
-            limit = sorted(seconds["bare products"])[len(seconds["bare products"]) // 2]
-            rows += rows_of(f"{num_rows} rows, rank {rank}, fp32", seconds, "peft", limit)
-    publish("lora_linear", rows, "peft")
+    for model in options.models:
+        for num_rows in options.rows:
+            for name in options.dtypes:
+                cases = [("one adapter", [rank]) for rank in options.ranks] if "one" in options.kinds else []
+                cases += [("stack", RANKS)] * ("stack" in options.kinds) + [("clients", RANKS)] * ("clients" in options.kinds)
+                for kind, ranks in cases:
+                    rows += measure(kind, model, num_rows, ranks, name, device, options.compile, limits)
+    publish("lora_linear" if options.allocator == "raised" else "lora_linear_default_allocator", rows)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def main() -> None:
             seconds = interleaved({variant: (lambda c=call, w=weights[variant]: c(w)) for variant, call in calls.items()})
             limit = 2 * weights["flora"].nbytes / bandwidth
             rows += rows_of(f"{name} {n_out}x{n_in}, R = {sum(RANKS)}, {str(dtype).split('.')[1]}", seconds, "addmm_ stack", limit)
-    publish("merge", rows, "addmm_ stack")
+    publish("merge", rows)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """The layer: a linear module with an adapter beside it.
 
 A module is wrapped, not rebuilt: the wrapper holds the original as `base`, so weights stay tied as they were, nothing is copied,
-and detach puts back the very same object. A base is an `nn.Linear` or GPT-2's `Conv1D`, whose weight is stored transposed.
+and detach puts back the very same object. A base is an `nn.Linear`, GPT-2's `Conv1D`, whose weight is stored transposed, or a
+quantised linear that only its own forward can multiply with: then the LoRA path is added to what that gives.
 """
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -30,9 +32,27 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     """Conv1D, nn.Linear or a subclass with no state but weight and bias; not the one that attention reads past its forward."""
+    if is_opaque(module):
+        return False
     plain = set(module._parameters) <= {"weight", "bias"} and not module._buffers
     read_past = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
     return _is_conv1d(module) or (isinstance(module, nn.Linear) and plain and not read_past)
+
+
+def is_opaque(module: nn.Module) -> bool:
+    """A linear module whose weight is no plain floating-point matrix (4-bit, 8-bit, FP8, packed): it says in_features and
+    out_features, and has no submodules. Its product is its own; nothing can be merged into it."""
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    if not all(isinstance(size, int) for size in sizes) or isinstance(module, LoRALinear) or len(module._modules):
+        return False
+    weight = getattr(module, "weight", None)
+    plain = isinstance(weight, Tensor) and type(weight.data) is Tensor and weight.dtype in ops.FLOATS
+    return not plain and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features)."""
+    return (module.out_features, module.in_features) if is_opaque(module) else tuple(matrix(module).shape)
 
 
 def matrix(module: nn.Module) -> Tensor:
@@ -43,23 +63,26 @@ def matrix(module: nn.Module) -> Tensor:
 class LoRALinear(nn.Module):
     """y = base(x) + ((dropout(x) Aᵀ) · scale) Bᵀ, without ΔW.
 
-    base: nn.Linear or Conv1D, its weight frozen here; A (rank, in) and B (out, rank) train; scale fp32 (rank,) does not.
-    dtype: of A and B; None: fp32, or fp64 beside an fp64 weight. Raises TargetError for other modules. arXiv 2106.09685.
+    base: nn.Linear, Conv1D or a quantised linear, its weight frozen here; A (rank, in) and B (out, rank) train; scale fp32
+    (rank,) does not. dtype: of A and B; None: fp32, or fp64 beside an fp64 weight. Raises TargetError for other modules.
+    arXiv 2106.09685.
     """
 
     def __init__(self, base: nn.Module, rank: int = 16, alpha: float = 32, dropout: float = 0.0,
                  dtype: torch.dtype | None = None):
         super().__init__()
-        if not is_linear(base) or base.weight.dtype not in ops.FLOATS:
-            raise TargetError(f"expected an nn.Linear or Conv1D with a floating-point weight; got {type(base).__name__}. "
+        self.opaque = is_opaque(base)
+        if not (self.opaque or is_linear(base)):
+            raise TargetError(f"expected an nn.Linear, a Conv1D or a quantised linear; got {type(base).__name__}. "
                               "Leave it out of targets.")
         if not 0.0 <= dropout < 1.0:
             raise TargetError(f"expected a dropout in [0, 1); got {dropout}")
         self.base, self.dropout, self.routing, self.name = base, dropout, Routing(), ""
         self.frozen: ops.Frozen | None = None
-        weight = matrix(base)
-        dtype = dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
-        start = fresh(tuple(weight.shape), rank, alpha, int(torch.randint(1 << 62, ()))).to(weight.device, dtype)
+        self.shared: SharedInput | None = None
+        held = next(itertools.chain(base.parameters(), base.buffers()))
+        dtype = dtype or (torch.float64 if held.dtype == torch.float64 else torch.float32)
+        start = fresh(shape_of(base), rank, alpha, int(torch.randint(1 << 62, ()))).to(held.device, dtype)
         self.A, self.B = nn.Parameter(start.A), nn.Parameter(start.B)
         self.register_buffer("scale", start.scale)
 
@@ -96,13 +119,19 @@ class LoRALinear(nn.Module):
                     setattr(self, name, nn.Parameter(new, requires_grad=old.requires_grad))
             self.scale = adapter.scale.detach().to(self.scale.device, copy=True)
 
+    def seed(self) -> Tensor | None:
+        """This layer's dropout keys: layers of one batch draw different masks. None: drawn by the operator."""
+        keys = self.routing.row_keys
+        return ops.row_keys(keys, derive(self.name)) if keys is not None and self.dropout and self.training else None
+
     def forward(self, x: Tensor) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        seed = self.routing.row_keys
-        if dropout and seed is not None:                       # layers of one batch draw different masks
-            seed = ops.row_keys(seed, derive(self.name))
-        return ops.lora_linear(x, matrix(self.base), self.A, self.B, self.scale, self.base.bias,
-                               row_offsets=self.routing.segments, frozen=self.frozen, dropout=dropout, seed=seed)
+        if self.shared is not None and (y := self.shared.take(self, x)) is not None:
+            return y
+        options = {"row_offsets": self.routing.segments, "frozen": self.frozen, "seed": self.seed(),
+                   "dropout": self.dropout if self.training else 0.0}
+        if self.opaque:
+            return ops.lora_add_(self.base(x), x, self.A, self.B, self.scale, **options)
+        return ops.lora_linear(x, matrix(self.base), self.A, self.B, self.scale, self.base.bias, **options)
 
     def _apply(self, fn, recurse: bool = True):
         scale = self.scale
@@ -112,3 +141,58 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rank={self.A.shape[0]}, dropout={self.dropout}"
+
+
+class SharedInput:
+    """Layers that read the same tensor (q, k and v; gate and up): the first one called computes all of them in one pass of x.
+
+    It works while their parent module's forward runs, and not outside: no output waits longer than that. Where a layer is
+    called with another tensor after all (cross-attention), what waited is dropped and the layers go their own ways for good.
+    """
+
+    def __init__(self, parent: nn.Module, layers: list[LoRALinear]):
+        self.layers, self.running, self.x, self.waiting = layers, False, None, {}
+        self._hooks = [parent.register_forward_pre_hook(self._start), parent.register_forward_hook(self._stop, always_call=True)]
+        for layer in layers:
+            layer.shared = self
+
+    def _start(self, *_) -> None:
+        self.running = not torch.compiler.is_compiling()
+
+    def _stop(self, *_) -> None:
+        self.running, self.x, self.waiting = False, None, {}
+
+    def part(self) -> None:
+        """Ends the sharing."""
+        self._stop()
+        for hook in self._hooks:
+            hook.remove()
+        for layer in self.layers:
+            layer.shared = None
+
+    def take(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
+        """The layer's output for x, or None where it has to compute alone."""
+        if not self.running or not self._alike():
+            return None
+        if self.x is None:
+            self.x = x
+            first = self.layers[0]
+            dropout = first.dropout if first.training else 0.0
+            ys = ops.lora_linears(x, [matrix(m.base) for m in self.layers], [m.A for m in self.layers], [m.B for m in self.layers],
+                                  [m.scale for m in self.layers], [m.base.bias for m in self.layers],
+                                  row_offsets=first.routing.segments, dropout=dropout, seeds=[m.seed() for m in self.layers],
+                                  frozen=None if first.frozen is None else [m.frozen for m in self.layers])
+            self.waiting = dict(zip(self.layers, ys, strict=True))
+        if x is not self.x or layer not in self.waiting:
+            self.part()
+            return None
+        y = self.waiting.pop(layer)
+        if not self.waiting:
+            self.x = None
+        return y
+
+    def _alike(self) -> bool:
+        """Whether one call can serve all: the same dropout, and frozen ranks for all with the same ranges, or for none."""
+        first = self.layers[0]
+        return all(m.dropout == first.dropout and m.training == first.training and (m.frozen is None) == (first.frozen is None)
+                   and (m.frozen is None or m.frozen.ranges is first.frozen.ranges) for m in self.layers[1:])

@@ -9,7 +9,11 @@ from torch import nn
 from flora import ops
 from flora.adapter import Adapter, Adapters
 from flora.errors import TargetError
-from flora.layer import LoRALinear, Routing, is_linear, matrix
+from flora.layer import LoRALinear, Routing, SharedInput, is_linear, is_opaque, matrix, shape_of
+
+# Names under which architectures keep linear layers that read the same tensor.
+READ_THE_SAME = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"),
+                 ("wq", "wk", "wv"), ("w1", "w3"))
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -20,7 +24,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
     """Every module that could carry an adapter, or does, by the qualified name that it has without one."""
     carried = {layer.base: name for name, layer in lora_layers(model).items()}
-    return {carried.get(m, name): m for name, m in model.named_modules() if is_linear(m)}
+    return {carried.get(m, name): m for name, m in model.named_modules() if is_linear(m) or is_opaque(m)}
 
 
 def _heads(model: nn.Module) -> list[nn.Module]:
@@ -60,7 +64,7 @@ def target_shapes(model: nn.Module, targets: str | Sequence[str] = "all-linear",
                           f"Linear modules of this model: {exist}; blocks: "
                           f"{sorted({i for n in linears if (i := _layer_index(n)) is not None})}.")
     _refuse_tied(model, chosen)
-    return {name: tuple(matrix(module).shape) for name, module in chosen.items()}
+    return {name: shape_of(module) for name, module in chosen.items()}
 
 
 def _refuse_tied(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
@@ -71,7 +75,7 @@ def _refuse_tied(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(name)
     for name, module in chosen.items():
-        others = [n for n in owners[id(module.weight)] if n not in (name, f"{name}.base")]
+        others = [n for n in owners.get(id(getattr(module, "weight", None)), ()) if n not in (name, f"{name}.base")]
         if others:
             raise TargetError(f"{name} shares its weight with {', '.join(others)}: an adapter merged into one would change "
                               "both. Leave it out of targets, or untie the weights first (give one a copy, and set "
@@ -115,6 +119,12 @@ def _wrap(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
         layer.name, layer.routing = name, routing
         layer.train(layer.base.training)
         _replace(model, layer.base, layer)
+    for parent in model.modules():
+        for names in READ_THE_SAME:
+            found = dict.fromkeys(parent._modules.get(name) for name in names)
+            siblings = [m for m in found if isinstance(m, LoRALinear) and not m.opaque and m.shared is None]
+            if len(siblings) > 1 and len({m.in_features for m in siblings}) == 1:
+                SharedInput(parent, siblings)
 
 
 @contextlib.contextmanager
@@ -139,6 +149,8 @@ def applied(model: nn.Module, adapters: Adapters, dropout: float = 0.0) -> Itera
 def detach(model: nn.Module) -> nn.Module:
     """Puts the original modules back and lets train what trained before attach. The base is as it was; adapters are dropped."""
     for layer in lora_layers(model).values():
+        if layer.shared is not None:
+            layer.shared.part()
         _replace(model, layer, layer.base)
     for parameter in model.__dict__.pop("_flora_required_grad", []):
         parameter.requires_grad_(True)
@@ -179,10 +191,10 @@ def _bases(model: nn.Module, adapters: Adapters) -> dict[str, nn.Module]:
     linears, bases = _linears(model), {}
     for name, adapter in adapters.items():
         base = bases[name] = linears.get(name)
-        if base is None or base.weight.dtype not in ops.FLOATS:
-            raise TargetError(f"expected a linear module named {name!r} in the model, its weight in floating point; got "
-                              f"{base and base.weight.dtype}. Was the adapter made for another model?")
-        _check_shape(name, adapter, tuple(matrix(base).shape))
+        if base is None:
+            raise TargetError(f"expected a linear module named {name!r} in the model; got none. Was the adapter made for another "
+                              "model?")
+        _check_shape(name, adapter, shape_of(base))
     _refuse_tied(model, bases)
     return bases
 
@@ -191,10 +203,15 @@ def merge(model: nn.Module, adapters: Adapters) -> nn.Module:
     """W += B diag(scale) A for every layer named, in place, one pass over each weight. Adapters attached stay as they are.
 
     Checks every name and shape before it writes one weight, so a refused merge leaves the model as it was.
-    Raises TargetError for a layer that does not exist, does not fit, or shares its weight with another module.
+    Raises TargetError for a layer that does not exist, does not fit, is quantised, or shares its weight with another module.
     """
+    bases = _bases(model, adapters)
+    for name, base in bases.items():
+        if is_opaque(base):
+            raise TargetError(f"{name}: expected a weight in floating point to merge into; got a {type(base).__name__}, whose own "
+                              "is packed. Keep the adapter attached, or load the model in floating point.")
     with torch.no_grad():
-        for name, base in _bases(model, adapters).items():
+        for name, base in bases.items():
             weight = matrix(base)
             adapter = adapters[name].to(weight.device)
             ops.merge_(weight, adapter.A, adapter.B, adapter.scale)

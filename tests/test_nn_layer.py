@@ -70,7 +70,7 @@ def test_the_layer_alone_has_the_face_of_a_linear():
 
 @pytest.mark.parametrize("base", [nn.Conv2d(3, 3, 1), nn.Embedding(5, 7), nn.Bilinear(2, 3, 4)], ids=lambda m: type(m).__name__)
 def test_other_modules_are_refused(base):
-    with pytest.raises(TargetError, match="expected an nn.Linear or Conv1D"):
+    with pytest.raises(TargetError, match="expected an nn.Linear, a Conv1D or a quantised linear"):
         LoRALinear(base)
 
 

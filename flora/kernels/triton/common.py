@@ -60,7 +60,8 @@ def _add_ranks(acc, h, b, rows, row_ok, columns, column_ok, first, ranks, sh_m, 
         r = start + tl.arange(0, BLOCK_R)
         r_ok = r < ranks
         h_tile = tl.load(h + rows[:, None] * sh_m + r[None, :], mask=row_ok[:, None] & r_ok[None, :], other=0.0)
-        b_tile = tl.load(b + columns[None, :] * sb_n + (first + r)[:, None] * sb_r, mask=r_ok[:, None] & column_ok[None, :], other=0.0)
+        b_tile = tl.load(b + columns[None, :] * sb_n + (first + r)[:, None] * sb_r, mask=r_ok[:, None] & column_ok[None, :],
+                         other=0.0)
         acc = dot(h_tile, rounded(b_tile, h_tile.dtype), acc)
     return acc
 

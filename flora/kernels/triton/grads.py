@@ -22,7 +22,7 @@ def outer_kernel(p, q, parts, table, keys, M, C, ranks, layers, width, sp_m, sq_
                  TABLE: tl.constexpr, DROPOUT: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                  BLOCK_R: tl.constexpr):
     """parts[chunk, j, c] = Σ over the chunk's rows of p[row, j] · dropout(q)[row, c], for a tile of (j, c)."""
-    row, stop, first, ranks = row_tile(table, tl.program_id(0), M, 0, ranks, CHUNK, TABLE)
+    row, stop, _first, ranks = row_tile(table, tl.program_id(0), M, 0, ranks, CHUNK, TABLE)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_ok = columns < C
     j = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)

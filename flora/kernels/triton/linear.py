@@ -90,8 +90,8 @@ def add_low_rank(y: Tensor, h: Tensor, b: Tensor, of: tiles.Ranks, width: int, l
     sx, sw, sh, sb, sf, sg = ((0, 0) if t is None else t.stride() for t in strides)
     linear_kernel[grid](
         x, w, bias, y, h, b, hf, bf, tiles.clients(of, device) if segmented else None, spans,
-        tiles.clients(f_of, device) if f_segmented else None, keys, M, N, 0 if x is None else x.shape[1], of.first, of.ranks, layers,
-        width, b.shape[1] // layers, f_of.first, f_of.ranks, *sx, *sw, y.stride(0), sh[0], *sb, sf[0], *sg,
+        tiles.clients(f_of, device) if f_segmented else None, keys, M, N, 0 if x is None else x.shape[1], of.first, of.ranks,
+        layers, width, b.shape[1] // layers, f_of.first, f_of.ranks, *sx, *sw, y.stride(0), sh[0], *sb, sf[0], *sg,
         round(dropout * (1 << 24)), 1.0 / (1.0 - dropout), BASE=x is not None, BIAS=bias is not None, SEGMENTED=segmented,
         FROZEN=frozen is not None, F_SEGMENTED=f_segmented, DROPOUT=keys is not None, BLOCK_M=config.block_m,
         BLOCK_N=config.block_n, BLOCK_K=config.block_k or 16, BLOCK_R=config.block_r, num_warps=config.num_warps,
