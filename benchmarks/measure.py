@@ -64,7 +64,8 @@ def copy_bandwidth(device: str = "cpu") -> float:
 def publish(name: str, rows: list[dict]) -> None:
     """Prints a table a case and writes benchmarks/results/<device>/<name>.json with the versions that it depends on."""
     console = Console(width=132, highlight=False)
-    console.print(f"{name} on {device_name()}; ms: median (quartiles); x peer: times the variant marked *; x limit: times the limit")
+    console.print(f"{name} on {device_name()}; ms: median (quartiles); x peer: times that of the variant "
+                  "marked *; x limit: times the limit")
     for case in dict.fromkeys(row["case"] for row in rows):
         table = Table(title=case, title_justify="left", box=None)
         for column in ("variant", "ms", "quartiles", "x peer", "x limit"):

@@ -1,4 +1,4 @@
-"""The verbs: `flora run | resume | fetch | doctor`. Each is two lines of Python; an error is one paragraph with its remedy."""
+"""The verbs: `flora run | resume | fetch | tune | doctor`, each two lines of Python; an error is one paragraph with its remedy."""
 import dataclasses
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +14,7 @@ flora: federated LoRA fine-tuning with mixed ranks, aggregated exactly
   flora run [CONFIG.yaml] [--key value ...]   run a federated fine-tuning     flora run --lora_r 64 16 4 --num_clients 3
   flora resume FOLDER                         go on with an interrupted run   flora resume runs/demo
   flora fetch [NAME ...]                      models and data by name         flora fetch smollm2-135m chitchat
+  flora tune [--shapes OUTxIN ...]            measure kernel forms on this GPU        flora tune --shapes 4096x4096
   flora doctor                                what works here, what is missing and what that costs
 
   flora run --help lists every key. --debug, anywhere, shows the traceback of an error. Exit codes: 0 done, 1 refused or
@@ -77,13 +78,19 @@ def _fetch(arguments: list[str]) -> None:
         print(fetch(name))
 
 
+def _tune(arguments: list[str]) -> None:
+    from flora.tuning import main as tune
+
+    tune(arguments)
+
+
 def _doctor(arguments: list[str]) -> None:
     from flora.doctor import main as doctor
 
     doctor()
 
 
-VERBS = {"run": _run, "resume": _resume, "fetch": _fetch, "doctor": _doctor}
+VERBS = {"run": _run, "resume": _resume, "fetch": _fetch, "tune": _tune, "doctor": _doctor}
 
 
 def _call(arguments: list[str]) -> None:
@@ -99,7 +106,7 @@ def _call(arguments: list[str]) -> None:
         import difflib
         near = difflib.get_close_matches(verb, VERBS, 1)
         raise _Usage(f"no such verb: {verb}" + (f"; did you mean {near[0]}?" if near else ""))
-    if verb != "run" and rest and rest[0] in ("-h", "--help"):
+    if verb not in ("run", "tune") and rest and rest[0] in ("-h", "--help"):
         print(USAGE, end="")
         return
     VERBS[verb](rest)

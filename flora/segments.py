@@ -76,10 +76,12 @@ def segments_of(row_offsets: Sequence[int] | Tensor | Segments | None, rank_offs
         check("offsets", row_offsets is not None and rank_offsets is not None, "row_offsets and rank_offsets, or neither",
               "one of the two")
         segments = Segments(row_offsets, rank_offsets)
-    if segments is not None:
-        check("row_offsets", segments.num_rows == rows, f"{rows} as the last (rows of x)", segments.num_rows)
+    if segments is not None:                  # formatting a size makes torch.compile compile again for each: only for errors
+        if segments.num_rows != rows:
+            check("row_offsets", False, f"{rows} as the last (rows of x)", segments.num_rows)
         for R in ranks:
-            check("rank_offsets", segments.num_ranks == R, f"{R} as the last (ranks of A)", segments.num_ranks)
+            if segments.num_ranks != R:
+                check("rank_offsets", False, f"{R} as the last (ranks of A)", segments.num_ranks)
     return segments
 
 

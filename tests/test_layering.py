@@ -14,7 +14,7 @@ LAYERS = [
     ["layer"], ["nn"], ["messages"], ["formats"], ["strategies"], ["data"], ["evaluate"], ["client"], ["cohort"], ["group"],
     ["server"],
     ["checkpoint"], ["report"], ["engines.prepare"], ["engines.local", "engines.flower", "engines.nvflare"], ["engines"],
-    ["integrations"], ["doctor"], ["cli"]]
+    ["integrations"], ["doctor", "tuning"], ["cli"]]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PACKAGES = ("strategies", "data", "integrations", "kernels.triton")     # their own files may import each other
 LIGHT = {"torch", "numpy", "safetensors", "flora"}

@@ -125,3 +125,22 @@ def test_an_attached_model_compiles_whole():
     assert model[0].A.grad.any() and model[2].B.grad.any()
     model.eval()
     assert torch.equal(compiled(x), model(x))
+
+
+def test_cohorts_to_come_do_not_compile_again():
+    """Sizes become dynamic after the first cohorts differ; from then on rows, ranks and the number of clients may change."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def compiled(x, weight, A, B, scale, segments):
+        return ops.lora_linear(x, weight, A, B, scale, row_offsets=segments)
+
+    counts = []
+    for rows, ranks in (((3, 4), (2, 3)), ((2, 5), (4, 1)), ((3, 4, 5), (2, 2, 2)), ((9, 0, 2), (2, 5, 2)), ((3, 4, 2, 7), (2, 5, 2, 3)),
+                        ((30, 4, 2, 7, 1), (2, 5, 2, 3, 8))):
+        case = Case(sum(rows), 5, 6, ranks, rows=rows)
+        segments = ops.Segments(case.row_offsets, case.rank_offsets)
+        check_case(case, lambda x, A, B, case=case, seg=segments: compiled(x, case.weight, A, B, case.scale, seg))
+        counts.append(counter.frame_count)
+    assert counts[2:] == [counts[2]] * 4

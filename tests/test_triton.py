@@ -151,3 +151,42 @@ def test_sizes_round_to_the_nearest_power_of_two():
     rounded = [int(rule.shape_key("forward", n, 1, 1, 1, False, torch.float32).split()[1].split("x")[0]) for n in
                (0, 1, 2, 3, 5, 6, 11, 12, 8192, 11008, 14336, 28672)]
     assert rounded == [1, 1, 2, 4, 4, 8, 8, 16, 8192, 8192, 16384, 32768]
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+def test_tuning_measures_every_form_and_writes_what_the_rule_reads(tmp_path, monkeypatch, segmented):
+    """Every form is asked for; the table holds the fastest, and what is not 3 % faster than the floor stays the floor."""
+    from flora.kernels.triton import tune
+    monkeypatch.setenv("FLORA_CACHE", str(tmp_path))
+    shape = tune.Shape(40, 33, 35, 20, segmented)
+    asked = set()
+    for op in ("lora_linear", "lora_linear_backward"):
+        monkeypatch.setattr(tune.backend, op, lambda *a: asked.add(rule._forced))
+    ticks = {form: 1.0 - 0.02 * k for k, form in enumerate(rule.FORMS)}
+    clock = iter(())
+
+    def now():
+        nonlocal clock
+        value = next(clock, None)
+        if value is None:
+            clock = iter((ticks[rule._forced],))
+            return 0.0
+        return value
+
+    monkeypatch.setattr(tune.time, "perf_counter", now)
+    results = list(tune.tune([shape], torch.float32, DEVICE))
+    forms = [form for form in rule.FORMS if not segmented or form.skinny == "triton"]
+    assert asked == set(forms) and [set(r.seconds) for r in results] == [set(forms)] * 2
+    assert {r.form for r in results} == {rule.FORMS[3]}
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else "interpreter"
+    assert set(rule.table(name)) == {rule.shape_key(op, *shape, torch.float32) for op in ("forward", "backward")}
+    ticks = dict.fromkeys(rule.FORMS, 1.0) | {rule.FORMS[3]: 0.98}
+    assert {r.form for r in tune.tune([shape], torch.float32, DEVICE)} == {forms[0]}
+    rule.table.cache_clear(), rule._form.cache_clear()
+
+
+def test_tuning_runs_the_operators_themselves():
+    from flora.kernels.triton import tune
+    for segmented in (False, True):
+        for result in tune.measure(tune.Shape(12, 9, 10, 11, segmented), torch.float32, DEVICE, repeats=1, warmup=0):
+            assert all(seconds > 0 for seconds in result.seconds.values())
