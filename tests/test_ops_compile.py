@@ -137,8 +137,8 @@ def test_cohorts_to_come_do_not_compile_again():
         return ops.lora_linear(x, weight, A, B, scale, row_offsets=segments)
 
     counts = []
-    for rows, ranks in (((3, 4), (2, 3)), ((2, 5), (4, 1)), ((3, 4, 5), (2, 2, 2)), ((9, 0, 2), (2, 5, 2)), ((3, 4, 2, 7), (2, 5, 2, 3)),
-                        ((30, 4, 2, 7, 1), (2, 5, 2, 3, 8))):
+    for rows, ranks in (((3, 4), (2, 3)), ((2, 5), (4, 1)), ((3, 4, 5), (2, 2, 2)), ((9, 0, 2), (2, 5, 2)),
+                        ((3, 4, 2, 7), (2, 5, 2, 3)), ((30, 4, 2, 7, 1), (2, 5, 2, 3, 8))):
         case = Case(sum(rows), 5, 6, ranks, rows=rows)
         segments = ops.Segments(case.row_offsets, case.rank_offsets)
         check_case(case, lambda x, A, B, case=case, seg=segments: compiled(x, case.weight, A, B, case.scale, seg))

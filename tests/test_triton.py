@@ -69,7 +69,7 @@ def test_every_shipped_configuration_is_right(kernel, config, segmented):
             close(y[own], exact) if own.stop > own.start else None
     elif kernel == "outer":
         out = torch.full((R, K), float("nan"), device=DEVICE)
-        outer(h, x, [Piece(out, 0, of)], of, width, config=config)
+        outer(h, x, [Piece(out, 0, 0, of)], of, width, config=config)
         for own, some, r in spans:
             exact = double[5][own, :r].T @ double[0][own]
             close(out[some].to(dtype), exact) if own.stop > own.start else None
@@ -99,8 +99,10 @@ def test_the_mask_is_that_of_the_reference_bit_for_bit():
 def test_tables_of_clients():
     rows, ranks, device = offsets((5, 0, 70, 1)), offsets((2, 3, 1, 4)), torch.device("cpu")
     of = tiles.training_ranks(rows, ranks, 10)
-    assert tiles.row_tiles(of, 32, device).tolist() == [[0, 5, 0, 2], [5, 37, 5, 1], [37, 69, 5, 1], [69, 75, 5, 1], [75, 76, 6, 4]]
-    assert tiles.chunk_bounds(of, 32, device).tolist() == [[0, 1, 0, 2], [1, 1, 2, 3], [1, 4, 5, 1], [4, 5, 6, 4]]
+    table, count, total = tiles.row_tiles(of, 32, device)
+    assert table.tolist() == [[0, 5, 0, 2, 0], [5, 37, 5, 1, 2], [37, 69, 5, 1, 3], [69, 75, 5, 1, 4], [75, 76, 6, 4, 5]]
+    assert (count, total) == (5, 9)
+    assert tiles.chunk_bounds(of, 32, device).tolist() == [[0, 1, 0, 2], [2, 0, 2, 3], [2, 3, 5, 1], [5, 1, 6, 4]]
     assert tiles.clients(of, device).tolist() == [[0, 5, 0, 2], [5, 5, 2, 3], [5, 75, 5, 1], [75, 76, 6, 4]]
     for tile, (low, high) in enumerate(tiles.spans(of, 32, device).tolist()):
         inside = [k for k in range(4) if rows[k] < rows[k + 1] and rows[k] < (tile + 1) * 32 and rows[k + 1] > tile * 32]

@@ -153,7 +153,7 @@ def _through_dy(dy: Tensor, B: Tensor, scale: Tensor, h: Tensor, dh: Tensor, dB:
         if need_dh:
             shrink(dy, B.T, scale, of, width, out=into)
         if need_dB:
-            outer(own, dy, [Piece(dB.T, 0, of)], of, width)
+            outer(own, dy, [Piece(dB.T, 0, 0, of)], of, width)
 
 
 def _dx(dys: Sequence[Tensor], dh: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], call: _Call,
@@ -187,11 +187,11 @@ def _dAs(x: Tensor | None, dh: Tensor, As: Sequence[Tensor], call: _Call, form: 
             if need:
                 dA.copy_(call.columns(dh, i).T @ x)
         return dAs
-    pieces = [Piece(dA, start, of) for dA, start, of in zip(dAs, call.starts, call.of, strict=True)]
+    pieces = [Piece(dA, i, start, of) for i, (dA, start, of) in enumerate(zip(dAs, call.starts, call.of, strict=True))]
     if call.keys:
         for i, piece in enumerate(pieces):
             if needs[i]:
-                outer(call.columns(dh, i), x, [piece._replace(column=0)], call.of[i], call.widths[i], keys=call.keys[i],
+                outer(call.columns(dh, i), x, [piece._replace(layer=0, column=0)], call.of[i], call.widths[i], keys=call.keys[i],
                       dropout=call.dropout)
     elif any(needs):
         outer(dh, x, [piece for piece, need in zip(pieces, needs, strict=True) if need], *call.shared)

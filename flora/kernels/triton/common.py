@@ -43,14 +43,15 @@ def kept(keys, rows, row_ok, columns, threshold):
 
 @triton.jit
 def row_tile(table, tile, M, first, ranks, BLOCK_M: tl.constexpr, TABLE: tl.constexpr):
-    """(first row, row after the last, first rank, ranks) of a tile: from the table (T, 4), or counted off where one client
-    has all rows."""
+    """(first row, row after the last, first rank, ranks, ranks of the tiles before) of a tile: from the table (tiles.row_tiles),
+    or counted off where one client has all rows."""
     if TABLE:
-        row, stop = tl.load(table + tile * 4), tl.load(table + tile * 4 + 1)
-        first, ranks = tl.load(table + tile * 4 + 2), tl.load(table + tile * 4 + 3)
+        row, stop = tl.load(table + tile * 5), tl.load(table + tile * 5 + 1)
+        first, ranks = tl.load(table + tile * 5 + 2), tl.load(table + tile * 5 + 3)
+        before = tl.load(table + tile * 5 + 4)
     else:
-        row, stop = tile * BLOCK_M, tl.minimum(M, tile * BLOCK_M + BLOCK_M)
-    return row, stop, first, ranks
+        row, stop, before = tile * BLOCK_M, tl.minimum(M, tile * BLOCK_M + BLOCK_M), tile * ranks
+    return row, stop, first, ranks, before
 
 
 @triton.jit

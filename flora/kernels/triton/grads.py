@@ -18,15 +18,15 @@ from flora.kernels.triton.configs import CHUNK_ROWS, Config, dy_pass_config, out
 
 
 @triton.jit(do_not_specialize=["M", "ranks", "layers", "width", "threshold"])
-def outer_kernel(p, q, parts, table, keys, M, C, ranks, layers, width, sp_m, sq_m, sq_c, so_t, so_r, threshold, grow,
-                 TABLE: tl.constexpr, DROPOUT: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                 BLOCK_R: tl.constexpr):
-    """parts[chunk, j, c] = Σ over the chunk's rows of p[row, j] · dropout(q)[row, c], for a tile of (j, c)."""
-    row, stop, _first, ranks = row_tile(table, tl.program_id(0), M, 0, ranks, CHUNK, TABLE)
+def outer_kernel(p, q, parts, table, keys, M, C, ranks, layers, width, sp_m, sq_m, sq_c, so_r, threshold, grow, TABLE: tl.constexpr,
+                 DROPOUT: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
+    """parts[of the chunk, its layer and rank j, c] = Σ over the chunk's rows of p[row, j] · dropout(q)[row, c]."""
+    row, stop, _first, ranks, before = row_tile(table, tl.program_id(0), M, 0, ranks, CHUNK, TABLE)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_ok = columns < C
     j = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
-    j_ok = (j - j // width * width < ranks) & (j < layers * width)
+    layer = j // width
+    j_ok = (j - layer * width < ranks) & (layer < layers)
     acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
     for start in range(row, stop, BLOCK_M):
         rows = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -37,15 +37,16 @@ def outer_kernel(p, q, parts, table, keys, M, C, ranks, layers, width, sp_m, sq_
             q_tile = rounded(tl.where(keep, q_tile.to(tl.float32) * grow, 0.0), q_tile.dtype)
         p_tile = tl.load(p + rows[:, None] * sp_m + j[None, :], mask=row_ok[:, None] & j_ok[None, :], other=0.0)
         acc = dot(tl.trans(q_tile), p_tile, acc)
-    out = parts + tl.program_id(0).to(tl.int64) * so_t + j[None, :] * so_r + columns[:, None]
+    part = before * layers + layer * ranks + j - layer * width
+    out = parts + part.to(tl.int64)[None, :] * so_r + columns[:, None]
     tl.store(out, acc, mask=column_ok[:, None] & j_ok[None, :])
 
 
 @triton.jit(do_not_specialize=["M", "first", "ranks", "width"])
-def dy_pass_kernel(dy, b, scale, h, dh, parts, table, M, N, first, ranks, width, sd_m, sb_r, sb_n, sh_m, sg_m, so_t, so_r,
+def dy_pass_kernel(dy, b, scale, h, dh, parts, table, M, N, first, ranks, width, sd_m, sb_r, sb_n, sh_m, sg_m, so_r,
                    TABLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
     """dh = (dy B) · scale of a row tile, and its part of dB = dyᵀ h, from one pass over its dy."""
-    row, stop, first, ranks = row_tile(table, tl.program_id(0), M, first, ranks, BLOCK_M, TABLE)
+    row, stop, first, ranks, before = row_tile(table, tl.program_id(0), M, first, ranks, BLOCK_M, TABLE)
     rows = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
     row_ok = rows < stop
     r = tl.arange(0, BLOCK_R)
@@ -59,47 +60,57 @@ def dy_pass_kernel(dy, b, scale, h, dh, parts, table, M, N, first, ranks, width,
         b_tile = tl.load(b + (first + r)[None, :] * sb_r + n[:, None] * sb_n, mask=n_ok[:, None] & r_ok[None, :], other=0.0)
         acc = dot(dy_tile, rounded(b_tile, dy_tile.dtype), acc)
         part = dot(tl.trans(dy_tile), h_tile, tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32))
-        out = parts + tl.program_id(0).to(tl.int64) * so_t + r[None, :] * so_r + n[:, None]
+        out = parts + (before + r).to(tl.int64)[None, :] * so_r + n[:, None]
         tl.store(out, part, mask=n_ok[:, None] & r_ok[None, :])
     acc *= tl.load(scale + first + r, mask=r_ok, other=0.0)[None, :]
     acc = tl.where(r_ok[None, :], acc, 0.0)
     tl.store(dh + rows[:, None] * sg_m + r[None, :], rounded(acc, dh.dtype.element_ty), mask=row_ok[:, None] & (r < width)[None, :])
 
 
-@triton.jit(do_not_specialize=["count", "first", "ranks", "column"])
-def gather_kernel(parts, out, chunks, count, first, ranks, column, C, sp_t, sp_r, so_r, so_c, TABLE: tl.constexpr,
+@triton.jit(do_not_specialize=["count", "first", "ranks", "total", "column", "layer", "layers"])
+def gather_kernel(parts, out, chunks, count, first, ranks, total, column, layer, layers, C, sp_r, so_r, so_c, TABLE: tl.constexpr,
                   BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
-    """out[first + r, c] = Σ over a client's chunks, in order, of parts[chunk, column + r, c]; zero for a client without rows."""
-    begin, end, first, ranks = row_tile(chunks, tl.program_id(0), count, first, ranks, 1, TABLE)
-    if not TABLE:
-        begin, end = 0, count
+    """out[first + r, c] = Σ over a client's chunks, in order, of their parts for its layer; zero for a client without rows."""
+    if TABLE:
+        client = chunks + tl.program_id(0) * 4
+        before, count, first, ranks = tl.load(client), tl.load(client + 1), tl.load(client + 2), tl.load(client + 3)
+        column, total = before * layers + layer * ranks, layers * ranks
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (r < ranks)[:, None] & (c < C)[None, :]
     acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
-    part = parts + (tl.zeros((), dtype=tl.int64) + begin) * sp_t + (column + r)[:, None] * sp_r + c[None, :]
-    for _ in range(begin, end):
+    part = parts + (column + r).to(tl.int64)[:, None] * sp_r + c[None, :]
+    for _ in range(count):
         acc += tl.load(part, mask=mask, other=0.0)
-        part += sp_t
+        part += (tl.zeros((), dtype=tl.int64) + total) * sp_r
     tl.store(out + (first + r).to(tl.int64)[:, None] * so_r + c[None, :] * so_c, rounded(acc, out.dtype.element_ty), mask=mask)
 
 
 class Piece(NamedTuple):
-    """One layer's gradient: out (R, C), the first column of p that is this layer's, and whose ranks are whose."""
+    """One layer's gradient: out (R, C), the layer's number, the first column of p that is the layer's, whose ranks are whose."""
     out: Tensor
+    layer: int
     column: int
     of: tiles.Ranks
 
 
-def _gather(parts: Tensor, pieces: Sequence[Piece], block: int) -> None:
+def _chunks(of: tiles.Ranks, M: int, block: int, total: int, device: torch.device) -> tuple[Tensor | None, int, int]:
+    """(table of row tiles or None, how many, Σ of their ranks) of chunks of `block` rows; total: ranks without clients."""
+    if of.bounds is not None:
+        return tiles.row_tiles(of, block, device)
+    count = triton.cdiv(M, block)
+    return None, count, count * total
+
+
+def _gather(parts: Tensor, pieces: Sequence[Piece], count: int, total: int, layers: int, block: int) -> None:
     """Adds the partial sums of every layer into its output, which may have any strides."""
-    count, columns, C = parts.shape
-    for out, column, of in pieces:
+    C = parts.shape[1]
+    for out, layer, column, of in pieces:
         chunks = tiles.chunk_bounds(of, block, parts.device) if of.bounds is not None else None
-        grid = (1 if chunks is None else len(chunks), triton.cdiv(min(columns, out.shape[0]), 16), triton.cdiv(C, 128))
+        grid = (1 if chunks is None else len(chunks), triton.cdiv(min(total, out.shape[0]), 16), triton.cdiv(C, 128))
         if grid[0] and grid[1] and C:
-            gather_kernel[grid](parts, out, chunks, count, of.first, of.ranks, column, C, *parts.stride()[:2], *out.stride(),
-                                TABLE=chunks is not None, BLOCK_N=128, BLOCK_R=16)
+            gather_kernel[grid](parts, out, chunks, count, of.first, of.ranks, total, column, layer, layers, C, parts.stride(0),
+                                *out.stride(), TABLE=chunks is not None, BLOCK_N=128, BLOCK_R=16)
 
 
 def outer(p: Tensor, q: Tensor, pieces: Sequence[Piece], of: tiles.Ranks, width: int, layers: int = 1, keys: Tensor | None = None,
@@ -111,16 +122,15 @@ def outer(p: Tensor, q: Tensor, pieces: Sequence[Piece], of: tiles.Ranks, width:
     """
     (M, C), columns = q.shape, layers * width
     config = config or outer_config(M, columns, q.dtype)
-    table = tiles.row_tiles(of, CHUNK_ROWS, q.device) if of.bounds is not None else None
-    count = len(table) if table is not None else triton.cdiv(M, CHUNK_ROWS)
-    parts = torch.empty(count, columns, C, dtype=torch.float32, device=q.device)
+    table, count, ranks = _chunks(of, M, CHUNK_ROWS, width, q.device)
+    parts = torch.empty(ranks * layers, C, dtype=torch.float32, device=q.device)
     if count and C and columns:
         outer_kernel[count, triton.cdiv(C, config.block_n), triton.cdiv(columns, config.block_r)](
-            p, q, parts, table, keys, M, C, of.ranks, layers, width, p.stride(0), *q.stride(), *parts.stride()[:2],
+            p, q, parts, table, keys, M, C, of.ranks, layers, width, p.stride(0), *q.stride(), parts.stride(0),
             round(dropout * (1 << 24)), 1.0 / (1.0 - dropout), TABLE=table is not None, DROPOUT=keys is not None, CHUNK=CHUNK_ROWS,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=config.block_r, num_warps=config.num_warps,
             num_stages=config.num_stages)
-    _gather(parts, pieces, CHUNK_ROWS)
+    _gather(parts, pieces, count, width, layers, CHUNK_ROWS)
 
 
 def dy_pass(dy: Tensor, b: Tensor, scale: Tensor, h: Tensor, dh: Tensor, dB: Tensor, of: tiles.Ranks, width: int,
@@ -128,12 +138,11 @@ def dy_pass(dy: Tensor, b: Tensor, scale: Tensor, h: Tensor, dh: Tensor, dB: Ten
     """dh (M, width) = (dy B) · scale and dB (N, R) = dyᵀ h, dy being read once. width: at most configs.ONE_PASS_RANKS."""
     M, N = dy.shape
     config = config or dy_pass_config(M, width, dy.dtype)
-    table = tiles.row_tiles(of, config.block_m, dy.device) if of.bounds is not None else None
-    count = len(table) if table is not None else triton.cdiv(M, config.block_m)
-    parts = torch.empty(count, width, N, dtype=torch.float32, device=dy.device)
+    table, count, ranks = _chunks(of, M, config.block_m, width, dy.device)
+    parts = torch.empty(ranks, N, dtype=torch.float32, device=dy.device)
     if count and N and width:
         dy_pass_kernel[count,](
             dy, b, scale, h, dh, parts, table, M, N, of.first, of.ranks, width, dy.stride(0), b.stride(1), b.stride(0), h.stride(0),
-            dh.stride(0), *parts.stride()[:2], TABLE=table is not None, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            dh.stride(0), parts.stride(0), TABLE=table is not None, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             BLOCK_R=config.block_r, num_warps=config.num_warps, num_stages=config.num_stages)
-    _gather(parts, [Piece(dB.T, 0, of)], config.block_m)
+    _gather(parts, [Piece(dB.T, 0, 0, of)], count, width, 1, config.block_m)

@@ -19,7 +19,7 @@ def shrink_kernel(x, A, scale, h, table, keys, M, K, first, ranks, layers, width
                   grow, TABLE: tl.constexpr, DROPOUT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
                   BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
     """One tile (BLOCK_M rows, BLOCK_R columns) of h, over one of SPLITS parts of K."""
-    row, stop, first, ranks = row_tile(table, tl.program_id(0), M, first, ranks, BLOCK_M, TABLE)
+    row, stop, first, ranks, _ = row_tile(table, tl.program_id(0), M, first, ranks, BLOCK_M, TABLE)
     rows = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
     row_ok = rows < stop
     columns = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -50,7 +50,7 @@ def shrink_kernel(x, A, scale, h, table, keys, M, K, first, ranks, layers, width
 def sum_splits_kernel(parts, scale, h, table, M, first, ranks, layers, width, R, sp_p, sp_m, sh_m, TABLE: tl.constexpr,
                       SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr):
     """h = (Σ parts) · scale, the parts in their order."""
-    row, stop, first, ranks = row_tile(table, tl.program_id(0), M, first, ranks, BLOCK_M, TABLE)
+    row, stop, first, ranks, _ = row_tile(table, tl.program_id(0), M, first, ranks, BLOCK_M, TABLE)
     rows = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     layer = columns // width
@@ -75,8 +75,9 @@ def shrink(x: Tensor, A: Tensor, scale: Tensor, of: tiles.Ranks, width: int, lay
     if M == 0 or columns == 0:
         return h
     config = config or shrink_config(M, K, columns, x.dtype, x.device)
-    table = tiles.row_tiles(of, config.block_m, x.device) if of.bounds is not None else None
-    grid_m, R = len(table) if table is not None else triton.cdiv(M, config.block_m), A.shape[0] // layers
+    split_rows = tiles.row_tiles(of, config.block_m, x.device) if of.bounds is not None else None
+    table, grid_m = split_rows[:2] if split_rows else (None, triton.cdiv(M, config.block_m))
+    R = A.shape[0] // layers
     grid = (grid_m, triton.cdiv(columns, config.block_r))
     split = config.splits > 1
     target = torch.empty(config.splits, M, columns, dtype=torch.float32, device=x.device) if split else h

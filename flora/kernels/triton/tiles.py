@@ -57,19 +57,35 @@ def _on(device: torch.device, rows: list[tuple[int, ...]], columns: int) -> Tens
     return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
 
 
-def row_tiles(of: Ranks, block: int, device: torch.device) -> Tensor:
-    """int32 (T, 4): tiles of at most `block` rows, each of one client: first row, row after the last, first rank, ranks."""
-    return _kept(of.row_offsets, ("tiles", block, device), of.bounds, lambda: _on(device, [
-        (row, min(b, row + block), first, ranks) for a, b, first, ranks in _listed(of) for row in range(a, b, block)], 4))
+class Tiles(NamedTuple):
+    """The row tiles of a call: the table that kernels read, how many there are, and Σ ranks over them."""
+    table: Tensor
+    count: int
+    ranks: int
+
+
+def row_tiles(of: Ranks, block: int, device: torch.device) -> Tiles:
+    """int32 (T, 5): tiles of at most `block` rows, each of one client: first row, row after the last, first rank, ranks, and the
+    ranks of the tiles before it, which is where its partial sums begin."""
+    def build() -> Tiles:
+        rows, before = [], 0
+        for a, b, first, ranks in _listed(of):
+            for row in range(a, b, block):
+                rows.append((row, min(b, row + block), first, ranks, before))
+                before += ranks
+        return Tiles(_on(device, rows, 5), len(rows), before)
+    return _kept(of.row_offsets, ("tiles", block, device), of.bounds, build)
 
 
 def chunk_bounds(of: Ranks, block: int, device: torch.device) -> Tensor:
-    """int32 (K, 4): the first row tile of a client and the one after its last, its first rank, its ranks."""
+    """int32 (K, 4): where a client's partial sums begin (the ranks of the row tiles before its own), how many row tiles it has,
+    its first rank, its ranks."""
     def build() -> Tensor:
-        rows, tile = [], 0
+        rows, before = [], 0
         for a, b, first, ranks in _listed(of):
-            rows.append((tile, tile + -(-(b - a) // block), first, ranks))
-            tile = rows[-1][1]
+            count = -(-(b - a) // block)
+            rows.append((before, count, first, ranks))
+            before += count * ranks
         return _on(device, rows, 4)
     return _kept(of.row_offsets, ("chunks", block, device), of.bounds, build)
 
