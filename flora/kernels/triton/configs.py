@@ -28,7 +28,7 @@ SHIPPED = {
                Config(128, 0, 64, 64), Config(128, 0, 64, 128, num_warps=8)),
     "linear": (Config(32, 64, 32, 16), Config(64, 64, 64, 16), Config(128, 128, 64, 16, num_warps=8),
                Config(128, 128, 64, 64, num_warps=8), Config(128, 256, 64, 16, num_warps=8, arch=90)),
-    "linear_parts": (Config(32, 64, 32, 16), Config(64, 64, 64, 16), Config(128, 64, 64, 16, num_warps=8),
+    "linear_parts": (Config(32, 32, 32, 16), Config(64, 64, 64, 16), Config(128, 64, 64, 16, num_warps=8),
                      Config(128, 128, 64, 16, num_warps=8, arch=90)),
     "expand": (Config(32, 64, 0, 16, num_stages=2), Config(64, 128, 0, 16, num_stages=2),
                Config(64, 128, 0, 64, num_warps=8, num_stages=2)),
