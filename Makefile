@@ -1,6 +1,7 @@
 # Every target sets up what it needs: a virtual environment in .venv with the tested versions of constraints.txt.
 #   make demo     fine-tune SmolLM2-135M over eight clients of ranks 64 to 4 (downloads about 100 MB once)
 #   make test     all tests        make check   lint        make bench   benchmarks of this machine
+#   make gpu      tests and benchmarks of a GPU (PY=python3 takes an environment that exists)
 #   make aot      compile the Triton kernels for sm_80 and sm_90 without a GPU    make docs   the documentation, in site/
 # PYTHON=python3.12 chooses an interpreter; TORCH_INDEX=URL a package index for torch (the CPU builds of pytorch.org are smaller).
 
@@ -11,7 +12,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: install check test demo bench aot docs clean
+.PHONY: install check test demo bench gpu aot docs clean
 install: $(STAMP)
 
 $(VENV)/.torch: constraints.txt
@@ -38,6 +39,13 @@ demo: install
 	$(VENV)/bin/flora run flora/demo.yaml --overwrite
 
 bench: install
+	$(PY) -m benchmarks.bench_lora_linear
+	$(PY) -m benchmarks.bench_lora_linear --allocator default --rows 2048 --ranks 16 --kinds one
+	$(PY) -m benchmarks.bench_merge
+
+gpu: $(if $(filter command,$(firstword $(origin PY))),,install)
+	$(PY) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "make gpu needs an NVIDIA GPU; none was found"; exit 1; }
+	$(PY) -m pytest -m gpu
 	$(PY) -m benchmarks.bench_lora_linear
 	$(PY) -m benchmarks.bench_merge
 
