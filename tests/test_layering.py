@@ -18,7 +18,8 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PACKAGES = ("strategies", "data", "integrations", "kernels.triton")     # their own files may import each other
 LIGHT = {"torch", "numpy", "safetensors", "flora"}
-HEAVY_ALLOWED = {"config": {"pydantic", "yaml"}, "report": {"rich"}, "doctor": {"rich"}, "engines.local": {"rich", "yaml"}}
+HEAVY_ALLOWED = {"config": {"pydantic", "yaml"}, "report": {"rich"}, "doctor": {"rich"}, "engines.local": {"rich", "yaml"},
+                 "kernels.triton": {"triton"}}
 
 
 def unit(name):
@@ -72,7 +73,7 @@ def test_a_file_imports_only_from_files_above_it(path):
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_the_core_imports_only_torch_numpy_and_safetensors(path):
-    allowed = LIGHT | HEAVY_ALLOWED.get(name_of(path), set()) | set(sys.stdlib_module_names)
+    allowed = LIGHT | HEAVY_ALLOWED.get(unit(name_of(path)), set()) | set(sys.stdlib_module_names)
     outside = {module.split(".")[0] for module, at_import in imports(path) if at_import} - allowed
     assert not outside, f"{path} imports {outside} at import time; import it in the function that uses it"
 
