@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from flora.errors import BackendError
 from flora.kernels.triton import rule, tiles
 from flora.kernels.triton.configs import ONE_PASS_RANKS
 from flora.kernels.triton.grads import Piece, dy_pass, outer
@@ -23,7 +24,11 @@ REFUSED = {(device, torch.float64): f"no float64 kernels for {device}" for devic
 class _Call:
     """What the layers of one call share: whose ranks are whose, and where each layer's columns of h lie."""
 
-    def __init__(self, As, frozen, row_offsets, rank_offsets, frozen_ranges, widths, dropout, keys):
+    def __init__(self, As, Bs, frozen, row_offsets, rank_offsets, frozen_ranges, widths, dropout, keys):
+        for factor in (*As, *Bs):
+            if len(As) * factor.numel() >= 1 << 31:
+                raise BackendError(f"expected factors of fewer than 2³¹ elements, {len(As)} layers together; got "
+                                   f"{tuple(factor.shape)}. Split the clients over several calls.")
         self.L, self.segmented, self.widths = len(As), row_offsets is not None, list(widths)
         self.dropout, self.keys = dropout, keys
         self.of = [tiles.training_ranks(row_offsets, rank_offsets, A.shape[0]) for A in As]
@@ -85,7 +90,7 @@ def lora_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | 
                 rank_offsets: Tensor | None, frozen_ranges: Tensor | None, widths: Sequence[int], dropout: float,
                 keys: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """y_l = x W_lᵀ + bias_l + h_l B_lᵀ for every layer, and h: see kernels.reference.lora_linear."""
-    call = _Call(As, frozen, row_offsets, rank_offsets, frozen_ranges, widths, dropout, keys)
+    call = _Call(As, Bs, frozen, row_offsets, rank_offsets, frozen_ranges, widths, dropout, keys)
     forms = [call.form("forward", x.shape[0], tuple(weight.shape), x) for weight in weights]
     h = _reduced(x, call, As, scales, forms[0])
     ys = []
@@ -107,7 +112,7 @@ def lora_add_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Tensor, frozen:
               rank_offsets: Tensor | None, frozen_ranges: Tensor | None, width: int, dropout: float,
               keys: Tensor | None) -> Tensor:
     """y += h Bᵀ, in place; returns h (M, width)."""
-    call = _Call([A], frozen, row_offsets, rank_offsets, frozen_ranges, [width], dropout, [] if keys is None else [keys])
+    call = _Call([A], [B], frozen, row_offsets, rank_offsets, frozen_ranges, [width], dropout, [] if keys is None else [keys])
     form = call.form("forward", x.shape[0], (B.shape[0], A.shape[1]), x)
     h = _reduced(x, call, [A], [scale], form)
     target = y if y.stride(1) == 1 else y.contiguous()                # the kernels write whole rows
@@ -122,7 +127,7 @@ def lora_linear_backward(dys: Sequence[Tensor], x: Tensor | None, h: Tensor, wei
                          rank_offsets: Tensor | None, frozen_ranges: Tensor | None, widths: Sequence[int], dropout: float,
                          keys: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """dx, every dA and every dB: see kernels.reference.lora_linear_backward. dys: rows contiguous."""
-    call = _Call(As, frozen, row_offsets, rank_offsets, frozen_ranges, widths, dropout, keys)
+    call = _Call(As, Bs, frozen, row_offsets, rank_offsets, frozen_ranges, widths, dropout, keys)
     L, M, K = call.L, dys[0].shape[0], As[0].shape[1]
     need_x, need_As, need_Bs = needs[0], needs[1:L + 1], needs[L + 1:]
     forms = [call.form("backward", M, (B.shape[0], K), dys[0]) for B in Bs]
