@@ -3,7 +3,18 @@
 
 #include <torch/csrc/stable/library.h>
 
+#define FLORA_RANKS "Tensor[] frozen, Tensor? row_offsets, Tensor? rank_offsets, Tensor? frozen_ranges, "
+
 STABLE_TORCH_LIBRARY(flora_native, m) {
+  m.def(
+      "lora_linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] As, Tensor[] Bs, Tensor[] scales, " FLORA_RANKS
+      "int[] widths, float dropout, Tensor[] keys) -> (Tensor[], Tensor)");
+  m.def(
+      "lora_linear_backward(Tensor[] dys, Tensor? x, Tensor h, Tensor[] weights, Tensor[] As, Tensor[] Bs, "
+      "Tensor[] scales, " FLORA_RANKS
+      "int[] widths, float dropout, Tensor[] keys, bool[] needs) -> (Tensor, Tensor[], Tensor[])");
+  m.def("lora_add_(Tensor(a!) y, Tensor x, Tensor A, Tensor B, Tensor scale, " FLORA_RANKS
+        "int width, float dropout, Tensor? keys) -> Tensor");
   m.def("merge_(Tensor(a!) weight, Tensor A, Tensor B, Tensor scale) -> ()");
   m.def(
       "stack_(Tensor(a!) out_A, Tensor(b!) out_B, Tensor(c!) out_scale, Tensor[] As, Tensor[] Bs, Tensor[] scales)"
@@ -11,6 +22,9 @@ STABLE_TORCH_LIBRARY(flora_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flora_native, CPU, m) {
+  m.impl("lora_linear", TORCH_BOX(&flora::lora_linear_cpu));
+  m.impl("lora_linear_backward", TORCH_BOX(&flora::lora_linear_backward_cpu));
+  m.impl("lora_add_", TORCH_BOX(&flora::lora_add_cpu_));
   m.impl("merge_", TORCH_BOX(&flora::merge_cpu_));
   m.impl("stack_", TORCH_BOX(&flora::stack_cpu_));
 }

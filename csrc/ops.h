@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
+#include <tuple>
 #include <vector>
 
 namespace flora {
@@ -20,5 +22,31 @@ void merge_cpu_(Tensor weight, const Tensor& A, const Tensor& B, const Tensor& s
 //   R = r_0 + r_1 + ...; any mix of the four dtypes (out_scale is float32), any strides.
 void stack_cpu_(Tensor out_A, Tensor out_B, Tensor out_scale, const std::vector<Tensor>& As,
                 const std::vector<Tensor>& Bs, const std::vector<Tensor>& scales);
+
+// y_l = x W_l^T + bias_l + h_l B_l^T for every layer l, and h_l = (dropout(x) A_l^T) * scale_l, all in x's dtype. Sums are
+// fp32 (fp64 for fp64) and rounded once. Same bits for any number of threads. Lists are over layers.
+//   x (M, in); weights[l] (out_l, in); biases[l] (out_l,) or none; As[l] (R_l, in), Bs[l] (out_l, R_l), scales[l] (R_l,);
+//   frozen: none, or A (F, in), B (out_l, F), scale (F,) of each layer; any mix of the four dtypes, any strides, scales
+//   fp32. row_offsets, rank_offsets (clients + 1,), frozen_ranges (clients, 2): int64 or none. widths[l]: columns of h_l.
+//   keys: none, or int64 (M,) of each layer. Returns ys[l] (M, out_l), h (M, sum of widths).
+std::tuple<std::vector<Tensor>, Tensor> lora_linear_cpu(
+    const Tensor& x, std::vector<Tensor> weights, std::vector<std::optional<Tensor>> biases, std::vector<Tensor> As,
+    std::vector<Tensor> Bs, std::vector<Tensor> scales, std::vector<Tensor> frozen, std::optional<Tensor> row_offsets,
+    std::optional<Tensor> rank_offsets, std::optional<Tensor> frozen_ranges, std::vector<int64_t> widths, double dropout,
+    std::vector<Tensor> keys);
+
+// The gradients that `needs` asks for: dx, every dA, every dB; an empty tensor for another.
+//   dys[l] (M, out_l) of one dtype; x (M, in), or none without dA; h as above; weights: none where dx is the LoRA path's
+//   alone. Returns dx (M, in), dAs[l] (R_l, in), dBs[l] (out_l, R_l).
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_linear_backward_cpu(
+    std::vector<Tensor> dys, std::optional<Tensor> x, const Tensor& h, std::vector<Tensor> weights, std::vector<Tensor> As,
+    std::vector<Tensor> Bs, std::vector<Tensor> scales, std::vector<Tensor> frozen, std::optional<Tensor> row_offsets,
+    std::optional<Tensor> rank_offsets, std::optional<Tensor> frozen_ranges, std::vector<int64_t> widths, double dropout,
+    std::vector<Tensor> keys, std::vector<bool> needs);
+
+// y (M, out) += h B^T in place, any dtype and strides; returns h (M, width). One layer; the rest as lora_linear_cpu.
+Tensor lora_add_cpu_(Tensor y, const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& scale,
+                     std::vector<Tensor> frozen, std::optional<Tensor> row_offsets, std::optional<Tensor> rank_offsets,
+                     std::optional<Tensor> frozen_ranges, int64_t width, double dropout, std::optional<Tensor> keys);
 
 }  // namespace flora

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-OPERATORS = {"merge_": ("cpu",), "stack_": ("cpu",)}
+OPERATORS = dict.fromkeys(("lora_linear", "lora_linear_backward", "lora_add_", "merge_", "stack_"), ("cpu",))
 
 _BUILD = (
     "to build it: install torch>=2.10, ninja, pybind11 and a C++ compiler, "
@@ -43,6 +43,78 @@ def _load() -> Path:
 
 
 LIBRARY = _load()
+
+
+def lora_linear(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    frozen: Sequence[Tensor],
+    row_offsets: Tensor | None,
+    rank_offsets: Tensor | None,
+    frozen_ranges: Tensor | None,
+    widths: Sequence[int],
+    dropout: float,
+    keys: Sequence[Tensor],
+) -> tuple[list[Tensor], Tensor]:
+    """y_l = x W_lᵀ + bias_l + h_l B_lᵀ for every layer l that reads x, and h: as in reference.py.
+
+    h comes from one pass over x; then a block of y meets the base product, the low-rank one and the bias in one sum,
+    rounded once. fp16 is multiplied in fp32. The same bits for any number of threads.
+    Raises RuntimeError if a shape, a dtype or a device does not fit.
+    """
+    return torch.ops.flora_native.lora_linear.default(
+        x, weights, biases, As, Bs, scales, frozen, row_offsets, rank_offsets, frozen_ranges, widths, dropout, keys
+    )
+
+
+def lora_linear_backward(
+    dys: Sequence[Tensor],
+    x: Tensor | None,
+    h: Tensor,
+    weights: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    frozen: Sequence[Tensor],
+    row_offsets: Tensor | None,
+    rank_offsets: Tensor | None,
+    frozen_ranges: Tensor | None,
+    widths: Sequence[int],
+    dropout: float,
+    keys: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """dx, every dA and every dB, where `needs` asks for it: as in reference.py.
+
+    dx sums all layers, base products and low-rank ones, in one pass over its blocks. Raises as lora_linear does.
+    """
+    return torch.ops.flora_native.lora_linear_backward.default(
+        dys, x, h, weights, As, Bs, scales, frozen, row_offsets, rank_offsets, frozen_ranges, widths, dropout, keys, needs
+    )
+
+
+def lora_add_(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: Tensor,
+    frozen: Sequence[Tensor],
+    row_offsets: Tensor | None,
+    rank_offsets: Tensor | None,
+    frozen_ranges: Tensor | None,
+    width: int,
+    dropout: float,
+    keys: Tensor | None,
+) -> Tensor:
+    """y += h Bᵀ in place; returns h (M, width): as in reference.py. Raises as lora_linear does."""
+    return torch.ops.flora_native.lora_add_.default(
+        y, x, A, B, scale, frozen, row_offsets, rank_offsets, frozen_ranges, width, dropout, keys
+    )
 
 
 def merge_(weight: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> None:

@@ -1,0 +1,65 @@
+// What products are made of: the leaves of the best instruction set at hand, behind function pointers. See product.h.
+#pragma once
+
+#include "dtypes.h"
+
+#include <memory>
+#include <new>
+#include <type_traits>
+
+namespace flora {
+
+// Dropout as flora/kernels/reference.py defines it. value: 1 / (1 - dropout), rounded to the dtype of the products.
+struct Mask {
+  const int64_t* keys;
+  int64_t stride;
+  uint32_t threshold;
+  double value;
+};
+
+// A matrix that is written, with any strides; `add`: to what it holds.
+struct Out {
+  void* data;
+  ScalarType dtype;
+  int64_t row_stride, col_stride;
+  bool add;
+};
+
+// Elements along the depth that one instruction multiplies and sums.
+template <typename E>
+constexpr int64_t kPair = std::is_same_v<E, BFloat16> ? 2 : 1;
+// Columns whose mask is drawn at a time.
+constexpr int64_t kStrip = 256;
+
+template <typename Null>
+using Storage = std::remove_pointer_t<Null>;
+
+// The leaves for factors in E and sums in T. A tile has `rows` rows and 1 to cols / lanes vectors of columns.
+template <typename E, typename T>
+struct Kit {
+  int64_t rows, cols, lanes;
+  void (*multiply[4])(int64_t, const E* const*, const E*, T*);
+  void (*add_lines)(const T*, int64_t, int64_t, const Mask*, int64_t, int64_t, T*);
+  void (*copy_rows)(const View&, int64_t, int64_t, const Mask*, E*, int64_t);
+  void (*pack_panel)(const View&, int64_t, int64_t, int64_t, int64_t, int64_t, const Mask*, E*);
+  void (*write_lines)(const Out&, int64_t, int64_t, int64_t, int64_t, const T*, T*);
+  void (*write_scaled)(const T*, int64_t, int64_t, const float*, ScalarType, void*, int64_t, E*, int64_t);
+};
+
+// For <float, float>, <double, double> and, where multiplies_bf16(), <BFloat16, float>.
+template <typename E, typename T>
+const Kit<E, T>& kit();
+
+bool multiplies_bf16();
+
+struct FreeAligned {
+  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
+};
+template <typename T>
+using Buffer = std::unique_ptr<T[], FreeAligned>;
+template <typename T>
+Buffer<T> buffer(int64_t count) {
+  return Buffer<T>(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64))));
+}
+
+}  // namespace flora

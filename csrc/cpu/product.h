@@ -1,0 +1,279 @@
+// The leaves of the products, compiled once per instruction set: included after tile.h, inside the same namespaces.
+//
+// A product is cut into tiles of kRows rows by up to kCols columns whose sums stay in registers over the whole depth. Its
+// left factor is read where it lies, row by row; its right factor is packed into panels of whole vectors. `E` is the type
+// of both, `T` that of the sums. bf16 is multiplied in pairs along the depth (vdpbf16ps), so its panels interleave two
+// lines and an odd depth is padded with a zero on both sides.
+
+// to[i] = from[i * stride] in E
+template <typename S, typename E>
+struct Line {
+  FLORA_TARGET static void convert(const S* from, int64_t stride, int64_t n, E* to) {
+    Rows<S, E>::widen_to(from, stride, n, to, 1);
+  }
+};
+template <typename S>
+struct Line<S, BFloat16> {
+  FLORA_TARGET static void convert(const S* from, int64_t stride, int64_t n, BFloat16* to) {
+    if constexpr (std::is_same_v<S, BFloat16>) {
+      if (stride == 1) {
+        std::memcpy(to, from, n * sizeof(S));
+        return;
+      }
+      for (int64_t i = 0; i < n; ++i) to[i] = from[i * stride];
+    } else if (stride == 1) {
+      for (int64_t i = 0; i < n; ++i) to[i] = narrow<BFloat16>(widen(from[i]));
+    } else {
+      for (int64_t i = 0; i < n; ++i) to[i] = narrow<BFloat16>(widen(from[i * stride]));
+    }
+  }
+};
+
+// to[j] = round(sum[j])
+template <typename D, typename T>
+FLORA_TARGET void round_line(const T* sum, int64_t n, D* to) {
+  int64_t j = 0;
+#if FLORA_F16C
+  if constexpr (std::is_same_v<D, Half> && std::is_same_v<T, float>) {
+    for (; j + 8 <= n; j += 8) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + j),
+                       _mm256_cvtps_ph(_mm256_loadu_ps(sum + j), _MM_FROUND_TO_NEAREST_INT));
+    }
+  }
+#endif
+  for (; j < n; ++j) to[j] = narrow<D>(sum[j]);
+}
+
+// The mask of flora/kernels/reference.py: to[j] = 0 or mask.value, a function of the row's key and of column col + j.
+template <typename T>
+FLORA_TARGET void mask_line(const Mask& mask, int64_t row, int64_t col, int64_t n, T* to) {
+  const uint64_t key = static_cast<uint64_t>(mask.keys[row * mask.stride]);
+  const uint32_t low = static_cast<uint32_t>(key), high = static_cast<uint32_t>(key >> 32);
+  const T value = static_cast<T>(mask.value);
+  for (int64_t j = 0; j < n; ++j) {
+    uint32_t z = (static_cast<uint32_t>(col + j) * 0x9E3779B1u) ^ low;
+    z = (z ^ (z >> 16)) * 0x85EBCA6Bu;
+    z = (z ^ (z >> 13)) * 0xC2B2AE35u;
+    z ^= (z >> 16) ^ high;
+    z = (z ^ (z >> 16)) * 0x85EBCA6Bu;
+    z = (z ^ (z >> 13)) * 0xC2B2AE35u;
+    z ^= z >> 16;
+    to[j] = (z >> 8) >= mask.threshold ? value : T(0);
+  }
+}
+
+// line[j] *= the mask of that row and of the columns from col on
+template <typename E, typename T>
+FLORA_TARGET void drop_line(const Mask& mask, int64_t row, int64_t col, int64_t n, E* line) {
+  T factor[kStrip];
+  for (int64_t j = 0; j < n; j += kStrip) {
+    const int64_t count = n - j < kStrip ? n - j : kStrip;
+    mask_line<T>(mask, row, col + j, count, factor);
+    for (int64_t i = 0; i < count; ++i) line[j + i] = narrow<E>(static_cast<T>(widen(line[j + i])) * factor[i]);
+  }
+}
+
+// to (rows, ld) = rows begin to end of `from` in E, with the mask where there is one, zeros after its columns.
+template <typename S, typename E, typename T>
+FLORA_TARGET void copy_rows(const View& from, int64_t begin, int64_t end, const Mask* mask, E* to, int64_t ld) {
+  for (int64_t row = begin; row < end; ++row, to += ld) {
+    Line<S, E>::convert(from.at<S>(row, 0), from.col_stride, from.cols, to);
+    if (mask) drop_line<E, T>(*mask, row, 0, from.cols, to);
+    for (int64_t j = from.cols; j < ld; ++j) to[j] = E{};
+  }
+}
+
+// to[k][j] = from[j][k] for words, `width` columns of which n exist: 16 by 16, so that reads and writes are whole lines.
+template <typename W>
+FLORA_TARGET void transpose_words(const W* from, int64_t from_ld, int64_t depth, int64_t cols, W* to, int64_t to_ld) {
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t j = 0; j < cols; ++j) to[k * to_ld + j] = from[j * from_ld + k];
+  }
+}
+
+// A panel: to[k / pair][j][k % pair] = right[k0 + k, c0 + j] for k < depth and j < n, zeros beyond, `width` columns.
+template <typename S, typename E, typename T>
+FLORA_TARGET void pack_panel(const View& right, int64_t k0, int64_t depth, int64_t c0, int64_t n, int64_t width,
+                             const Mask* mask, E* to) {
+  constexpr int64_t pair = kPair<E>;
+  using Word = std::conditional_t<pair == 2, uint32_t, E>;
+  const int64_t words = (depth + pair - 1) / pair;
+  if (right.col_stride == 1 || mask || right.row_stride != 1) {
+    E line[pair][kCols<T>] = {};
+    for (int64_t w = 0; w < words; ++w) {
+      for (int64_t p = 0; p < pair; ++p) {
+        const int64_t k = w * pair + p;
+        if (k < depth) {
+          Line<S, E>::convert(right.at<S>(k0 + k, c0), right.col_stride, n, line[p]);
+          if (mask) drop_line<E, T>(*mask, k0 + k, c0, n, line[p]);
+        } else {
+          for (int64_t j = 0; j < n; ++j) line[p][j] = E{};
+        }
+      }
+      E* out = to + w * pair * width;
+      if constexpr (pair == 1) {
+        for (int64_t j = 0; j < width; ++j) out[j] = line[0][j];
+      } else {
+        for (int64_t j = 0; j < width; ++j) {
+          out[2 * j] = line[0][j];
+          out[2 * j + 1] = line[1][j];
+        }
+      }
+    }
+    return;
+  }
+  // Columns are contiguous: 16 of them at a time, 16 words of each.
+  for (int64_t j = 0; j < width; j += 16) {
+    const int64_t cols = n - j < 16 ? n - j : 16, wide = width - j < 16 ? width - j : 16;
+    for (int64_t w = 0; w < words; w += 16) {
+      Word block[16][16] = {};
+      const int64_t count = words - w < 16 ? words - w : 16;
+      const int64_t left = depth - w * pair < 16 * pair ? depth - w * pair : 16 * pair;
+      for (int64_t c = 0; c < cols; ++c) {
+        Line<S, E>::convert(right.at<S>(k0 + w * pair, c0 + j + c), 1, left, reinterpret_cast<E*>(block[c]));
+      }
+      transpose_words<Word>(block[0], 16, count, wide, reinterpret_cast<Word*>(to) + w * width + j, width);
+    }
+  }
+}
+
+// sum (kRows, V vectors; lines kCols apart) = left (kRows, depth) right (depth, V vectors). `right` and `sum` are aligned.
+template <int V, typename E, typename T>
+struct Tile {
+  FLORA_TARGET static void multiply(int64_t depth, const E* const* left, const E* right, T* sum) {
+    typedef T Vector __attribute__((vector_size(VECTOR_BYTES)));
+    Vector total[ROWS][V];
+    const E* row[ROWS];
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+      row[i] = left[i];
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) total[i][v] = Vector{};
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+      const Vector* line = reinterpret_cast<const Vector*>(right) + k * V;
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) total[i][v] += row[i][k] * line[v];
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) *reinterpret_cast<Vector*>(sum + i * kCols<T> + v * kLanes<T>) = total[i][v];
+    }
+  }
+};
+
+#if FLORA_BF16
+template <int V>
+struct Tile<V, BFloat16, float> {
+  FLORA_TARGET_BF16 static void multiply(int64_t depth, const BFloat16* const* left, const BFloat16* right, float* sum) {
+    __m512 total[ROWS][V];
+    const BFloat16* row[ROWS];
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+      row[i] = left[i];
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) total[i][v] = _mm512_setzero_ps();
+    }
+    for (int64_t k = 0; k < depth; k += 2) {
+      __m512bh line[V];
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) line[v] = (__m512bh)_mm512_load_si512(right + (k * V + 2 * v) * 16);
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS; ++i) {
+        int32_t two;
+        std::memcpy(&two, row[i] + k, sizeof two);
+        const __m512bh both = (__m512bh)_mm512_set1_epi32(two);
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) total[i][v] = _mm512_dpbf16_ps(total[i][v], both, line[v]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) _mm512_store_ps(sum + i * kCols<float> + v * 16, total[i][v]);
+    }
+  }
+};
+#endif
+
+// to += tile, or += mask * tile, for `rows` lines of n columns; both kCols apart.
+template <typename T>
+FLORA_TARGET void add_lines(const T* tile, int64_t rows, int64_t n, const Mask* mask, int64_t row, int64_t col, T* to) {
+  T factor[kCols<T>];
+  for (int64_t i = 0; i < rows; ++i, tile += kCols<T>, to += kCols<T>) {
+    if (mask) {
+      mask_line<T>(*mask, row + i, col, n, factor);
+      for (int64_t j = 0; j < n; ++j) to[j] += factor[j] * tile[j];
+    } else {
+      for (int64_t j = 0; j < n; ++j) to[j] += tile[j];
+    }
+  }
+}
+
+// out[row + i, col + j] = round(sums[i][j] + bias[col + j]), or += without a bias; lines kCols apart.
+template <typename D, typename T>
+FLORA_TARGET void write_lines(const Out& out, int64_t row, int64_t rows, int64_t col, int64_t n, const T* bias, T* sums) {
+  for (int64_t i = 0; i < rows; ++i, sums += kCols<T>) {
+    D* line = static_cast<D*>(out.data) + (row + i) * out.row_stride + col * out.col_stride;
+    if (bias) {
+      for (int64_t j = 0; j < n; ++j) sums[j] += bias[col + j];
+    }
+    if (out.add) {
+      Rows<D, T>::add(line, out.col_stride, n, sums);
+    } else if (out.col_stride == 1) {
+      round_line<D, T>(sums, n, line);
+    } else {
+      for (int64_t j = 0; j < n; ++j) line[j * out.col_stride] = narrow<D>(sums[j]);
+    }
+  }
+}
+
+// h[i][j] = round(tile[i][j] * scale[j]) in D where h is kept, and the same number in E for the product that follows.
+template <typename D, typename E, typename T>
+FLORA_TARGET void write_scaled(const T* tile, int64_t rows, int64_t n, const float* scale, void* h, int64_t h_ld, E* copy,
+                               int64_t copy_ld) {
+  T line[kCols<T>];
+  D rounded[kCols<T>];
+  D* kept = static_cast<D*>(h);
+  for (int64_t i = 0; i < rows; ++i, tile += kCols<T>, copy += copy_ld) {
+    for (int64_t j = 0; j < n; ++j) line[j] = tile[j] * static_cast<T>(scale[j]);
+    round_line<D, T>(line, n, rounded);
+    Line<D, E>::convert(rounded, 1, n, copy);
+    if (!kept) continue;
+    std::memcpy(kept, rounded, n * sizeof(D));
+    kept += h_ld;
+  }
+}
+
+// The leaves by storage type: each line of work asks once, outside FLORA_TARGET.
+template <typename E, typename T>
+Kit<E, T> make_kit() {
+  Kit<E, T> kit{};
+  kit.rows = kRows, kit.cols = kCols<T>, kit.lanes = kLanes<T>;
+  kit.multiply[1] = &Tile<1, E, T>::multiply;
+  kit.multiply[2] = &Tile<2, E, T>::multiply;
+  kit.multiply[VECTORS] = &Tile<VECTORS, E, T>::multiply;
+  kit.add_lines = &add_lines<T>;
+  kit.copy_rows = [](const View& from, int64_t begin, int64_t end, const Mask* mask, E* to, int64_t ld) {
+    with_type(from.dtype, [&](auto* s) { copy_rows<Storage<decltype(s)>, E, T>(from, begin, end, mask, to, ld); });
+  };
+  kit.pack_panel = [](const View& right, int64_t k0, int64_t depth, int64_t c0, int64_t n, int64_t width,
+                      const Mask* mask, E* to) {
+    with_type(right.dtype,
+              [&](auto* s) { pack_panel<Storage<decltype(s)>, E, T>(right, k0, depth, c0, n, width, mask, to); });
+  };
+  kit.write_lines = [](const Out& out, int64_t row, int64_t rows, int64_t col, int64_t n, const T* bias, T* sums) {
+    with_type(out.dtype, [&](auto* d) { write_lines<Storage<decltype(d)>, T>(out, row, rows, col, n, bias, sums); });
+  };
+  kit.write_scaled = [](const T* tile, int64_t rows, int64_t n, const float* scale, ScalarType dtype, void* h,
+                        int64_t h_ld, E* copy, int64_t copy_ld) {
+    with_type(dtype, [&](auto* d) {
+      write_scaled<Storage<decltype(d)>, E, T>(tile, rows, n, scale, h, h_ld, copy, copy_ld);
+    });
+  };
+  return kit;
+}
