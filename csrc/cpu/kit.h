@@ -41,7 +41,8 @@ struct Kit {
   void (*multiply[4])(int64_t, const E* const*, const E*, T*);
   void (*add_lines)(const T*, int64_t, int64_t, const Mask*, int64_t, int64_t, T*);
   void (*copy_rows)(const View&, int64_t, int64_t, const Mask*, E*, int64_t);
-  void (*pack_panel)(const View&, int64_t, int64_t, int64_t, int64_t, int64_t, const Mask*, E*);
+  void (*pack)(const View&, int64_t, int64_t, int64_t, int64_t, const Mask*, E*, int64_t, int64_t);
+  void (*fetch_lines)(const Out&, int64_t, int64_t, int64_t, int64_t);
   void (*write_lines)(const Out&, int64_t, int64_t, int64_t, int64_t, const T*, T*);
   void (*write_scaled)(const T*, int64_t, int64_t, const float*, ScalarType, void*, int64_t, E*, int64_t);
 };

@@ -83,57 +83,89 @@ FLORA_TARGET void copy_rows(const View& from, int64_t begin, int64_t end, const 
   }
 }
 
-// to[k][j] = from[j][k] for words, `width` columns of which n exist: 16 by 16, so that reads and writes are whole lines.
+// to[k][j] = from[j][k] for a block of words, 16 columns of which `cols` are wanted.
 template <typename W>
-FLORA_TARGET void transpose_words(const W* from, int64_t from_ld, int64_t depth, int64_t cols, W* to, int64_t to_ld) {
+FLORA_TARGET void transpose_words(const W (&from)[16][16], int64_t depth, int64_t cols, W* to, int64_t ld) {
   for (int64_t k = 0; k < depth; ++k) {
-    for (int64_t j = 0; j < cols; ++j) to[k * to_ld + j] = from[j * from_ld + k];
+    for (int64_t j = 0; j < cols; ++j) to[k * ld + j] = from[j][k];
   }
 }
 
-// A panel: to[k / pair][j][k % pair] = right[k0 + k, c0 + j] for k < depth and j < n, zeros beyond, `width` columns.
+// One line of words of a panel: the elements of kPair lines of the matrix, zeros beyond n.
+template <typename E>
+FLORA_TARGET void interleave(const E* const* lines, int64_t n, int64_t width, E* to) {
+  if constexpr (kPair<E> == 1) {
+    for (int64_t j = 0; j < n; ++j) to[j] = lines[0][j];
+    for (int64_t j = n; j < width; ++j) to[j] = E{};
+  } else {
+    uint32_t* words = reinterpret_cast<uint32_t*>(to);
+    for (int64_t j = 0; j < n; ++j) words[j] = lines[0][j].bits | static_cast<uint32_t>(lines[1][j].bits) << 16;
+    for (int64_t j = n; j < width; ++j) words[j] = 0;
+  }
+}
+
+// Panels p, from `to` on and `stride` apart: panel[k / pair][j][k % pair] = right[k0 + k, c0 + p * kCols + j] for k < depth
+// and n columns in all, zeros beyond; each begins after `before` lines that it holds already.
 template <typename S, typename E, typename T>
-FLORA_TARGET void pack_panel(const View& right, int64_t k0, int64_t depth, int64_t c0, int64_t n, int64_t width,
-                             const Mask* mask, E* to) {
-  constexpr int64_t pair = kPair<E>;
+FLORA_TARGET void pack(const View& right, int64_t k0, int64_t depth, int64_t c0, int64_t n, const Mask* mask, E* to,
+                       int64_t stride, int64_t before) {
+  constexpr int64_t pair = kPair<E>, step = kCols<T>;
   using Word = std::conditional_t<pair == 2, uint32_t, E>;
   const int64_t words = (depth + pair - 1) / pair;
-  if (right.col_stride == 1 || mask || right.row_stride != 1) {
-    E line[pair][kCols<T>] = {};
+  if (right.row_stride != 1 || right.col_stride == 1 || mask) {
+    // Line by line through all panels, as they lie in memory.
+    const bool direct = std::is_same_v<S, E> && right.col_stride == 1 && !mask;
+    E copies[pair][step];
+    const E zeros[step] = {};
     for (int64_t w = 0; w < words; ++w) {
-      for (int64_t p = 0; p < pair; ++p) {
-        const int64_t k = w * pair + p;
-        if (k < depth) {
-          Line<S, E>::convert(right.at<S>(k0 + k, c0), right.col_stride, n, line[p]);
-          if (mask) drop_line<E, T>(*mask, k0 + k, c0, n, line[p]);
-        } else {
-          for (int64_t j = 0; j < n; ++j) line[p][j] = E{};
+      for (int64_t c = 0; c < n; c += step) {
+        const int64_t count = n - c < step ? n - c : step;
+        const int64_t width = (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+        const E* lines[pair];
+        for (int64_t p = 0; p < pair; ++p) {
+          const int64_t k = k0 + w * pair + p;
+          if (w * pair + p >= depth) {
+            lines[p] = zeros;
+          } else if (direct) {
+            lines[p] = right.at<E>(k, c0 + c);
+          } else {
+            Line<S, E>::convert(right.at<S>(k, c0 + c), right.col_stride, count, copies[p]);
+            if (mask) drop_line<E, T>(*mask, k, c0 + c, count, copies[p]);
+            lines[p] = copies[p];
+          }
         }
-      }
-      E* out = to + w * pair * width;
-      if constexpr (pair == 1) {
-        for (int64_t j = 0; j < width; ++j) out[j] = line[0][j];
-      } else {
-        for (int64_t j = 0; j < width; ++j) {
-          out[2 * j] = line[0][j];
-          out[2 * j + 1] = line[1][j];
-        }
+        interleave<E>(lines, count, width, to + c / step * stride + before * width + w * pair * width);
       }
     }
     return;
   }
   // Columns are contiguous: 16 of them at a time, 16 words of each.
-  for (int64_t j = 0; j < width; j += 16) {
-    const int64_t cols = n - j < 16 ? n - j : 16, wide = width - j < 16 ? width - j : 16;
+  for (int64_t c = 0; c < n; c += 16) {
+    const int64_t first = c / step * step, count = n - first < step ? n - first : step;
+    const int64_t width = (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+    const int64_t cols = n - c < 16 ? n - c : 16, wide = width - (c - first) < 16 ? width - (c - first) : 16;
+    Word* panel = reinterpret_cast<Word*>(to + c / step * stride + before * width) + (c - first);
     for (int64_t w = 0; w < words; w += 16) {
-      Word block[16][16] = {};
+      alignas(64) Word block[16][16];
       const int64_t count = words - w < 16 ? words - w : 16;
-      const int64_t left = depth - w * pair < 16 * pair ? depth - w * pair : 16 * pair;
-      for (int64_t c = 0; c < cols; ++c) {
-        Line<S, E>::convert(right.at<S>(k0 + w * pair, c0 + j + c), 1, left, reinterpret_cast<E*>(block[c]));
+      const int64_t deep = depth - w * pair < 16 * pair ? depth - w * pair : 16 * pair;
+      if (cols < 16 || deep < 16 * pair) std::memset(block, 0, sizeof block);
+      for (int64_t j = 0; j < cols; ++j) {
+        Line<S, E>::convert(right.at<S>(k0 + w * pair, c0 + c + j), 1, deep, reinterpret_cast<E*>(block[j]));
       }
-      transpose_words<Word>(block[0], 16, count, wide, reinterpret_cast<Word*>(to) + w * width + j, width);
+      transpose_words<Word>(block, count, wide, panel + w * width, width);
     }
+  }
+}
+
+// Asks for the lines of out that will be written, while the products before that are summed.
+template <typename D>
+FLORA_TARGET void fetch_lines(const Out& out, int64_t row, int64_t rows, int64_t col, int64_t n) {
+  if (out.col_stride != 1) return;
+  for (int64_t i = 0; i < rows; ++i) {
+    const D* line = static_cast<const D*>(out.data) + (row + i) * out.row_stride + col;
+    for (int64_t j = 0; j < n; j += 64 / sizeof(D)) __builtin_prefetch(line + j, 1);
+    __builtin_prefetch(line + n - 1, 1);
   }
 }
 
@@ -261,10 +293,14 @@ Kit<E, T> make_kit() {
   kit.copy_rows = [](const View& from, int64_t begin, int64_t end, const Mask* mask, E* to, int64_t ld) {
     with_type(from.dtype, [&](auto* s) { copy_rows<Storage<decltype(s)>, E, T>(from, begin, end, mask, to, ld); });
   };
-  kit.pack_panel = [](const View& right, int64_t k0, int64_t depth, int64_t c0, int64_t n, int64_t width,
-                      const Mask* mask, E* to) {
-    with_type(right.dtype,
-              [&](auto* s) { pack_panel<Storage<decltype(s)>, E, T>(right, k0, depth, c0, n, width, mask, to); });
+  kit.pack = [](const View& right, int64_t k0, int64_t depth, int64_t c0, int64_t n, const Mask* mask, E* to,
+                int64_t stride, int64_t before) {
+    with_type(right.dtype, [&](auto* s) {
+      pack<Storage<decltype(s)>, E, T>(right, k0, depth, c0, n, mask, to, stride, before);
+    });
+  };
+  kit.fetch_lines = [](const Out& out, int64_t row, int64_t rows, int64_t col, int64_t n) {
+    with_type(out.dtype, [&](auto* d) { fetch_lines<Storage<decltype(d)>>(out, row, rows, col, n); });
   };
   kit.write_lines = [](const Out& out, int64_t row, int64_t rows, int64_t col, int64_t n, const T* bias, T* sums) {
     with_type(out.dtype, [&](auto* d) { write_lines<Storage<decltype(d)>, T>(out, row, rows, col, n, bias, sums); });

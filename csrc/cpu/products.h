@@ -28,6 +28,9 @@ struct Segment {
 constexpr int64_t kChunkRows = 96;   // rows that stay in the L2 cache beside a panel
 constexpr int64_t kDepth = 1536;     // depth of a panel that does
 constexpr int64_t kGroupBytes = 384 << 10;  // panels that are packed together
+constexpr int64_t kSlice = 64;         // rows that reduce packs at a time
+constexpr int64_t kWide = 8;           // panels that it packs side by side
+constexpr int64_t kSumsBytes = 128 << 10;  // sums that it keeps meanwhile
 constexpr int64_t kGrain = 1 << 18;  // multiply-adds for which a thread is worth waking
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -114,7 +117,7 @@ void shrink(const View& source, const Left<E>& left, const std::vector<ShrinkJob
   torch::stable::parallel_for(0, panels.size(), grain(padded * k.cols * 8), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const Panel& one = panels[p];
-      k.pack_panel(one.job->right, 0, depth, one.col, one.n, one.width, nullptr, packed.get() + one.offset);
+      k.pack(one.job->right, 0, depth, one.col, one.n, nullptr, packed.get() + one.offset, 0, 0);
     }
   });
   const int64_t step = std::max(k.rows, std::min(kChunkRows, round_up(ceil_div(M, 8), k.rows)));
@@ -187,20 +190,19 @@ void expand(int64_t M, int64_t N, const std::vector<Term<E>>& terms, const Out& 
   const int64_t chunks = ceil_div(M, kChunkRows), groups = ceil_div(panels, group);
 
   auto pack = [&](int64_t g, E* to) {
-    for (int64_t p = g * group; p < std::min(panels, (g + 1) * group); ++p) {
-      const int64_t col = p * k.cols, n = std::min(k.cols, N - col), width = round_up(n, k.lanes);
-      E* at = to + (p - g * group) * panel;
-      for (const auto& term : terms) {
-        for (const Segment& s : term.segments) {
-          k.pack_panel(term.right, s.rank, s.ranks(), col, n, width, nullptr, at);
-          at += round_up(s.ranks(), kPair<E>) * width;
-        }
+    const int64_t col = g * group * k.cols;
+    int64_t before = 0;
+    for (const auto& term : terms) {
+      for (const Segment& s : term.segments) {
+        k.pack(term.right, s.rank, s.ranks(), col, std::min(N - col, group * k.cols), nullptr, to, panel, before);
+        before += round_up(s.ranks(), kPair<E>);
       }
     }
   };
   auto block = [&](int64_t r, int64_t col, const E* right, T* sums, T* tile) {
     const int64_t stop = std::min(M, r + kChunkRows), n = std::min(k.cols, N - col), width = round_up(n, k.lanes);
     const auto multiply = k.multiply[width / k.lanes];
+    k.fetch_lines(out, r, stop - r, col, n);
     bool fresh = true;  // the first product that covers the block need not be added to anything
     for (const auto& term : terms) {
       for (const Segment& s : term.segments) {
@@ -253,7 +255,6 @@ template <typename E, typename T>
 void reduce(const View& right, const std::vector<ReduceJob<E>>& jobs) {
   const Kit<E, T>& k = kit<E, T>();
   const int64_t N = right.cols, panels = ceil_div(N, k.cols);
-  constexpr int64_t kSlice = 256;
   // The left factors, rank by rank, so that they are rows.
   std::vector<std::vector<int64_t>> offsets;
   int64_t size = 0, work = 0, height = 0;
@@ -281,34 +282,45 @@ void reduce(const View& right, const std::vector<ReduceJob<E>>& jobs) {
       });
     }
   }
-  torch::stable::parallel_for(0, panels, grain(work * k.cols), [&](int64_t first, int64_t last) {
-    const Buffer<E> packed = buffer<E>(kSlice * k.cols);
-    const Buffer<T> sums = buffer<T>(jobs.size() * height * k.cols), tile = buffer<T>(k.rows * k.cols);
-    for (int64_t p = first; p < last; ++p) {
-      const int64_t col = p * k.cols, n = std::min(k.cols, N - col), width = round_up(n, k.lanes);
-      const auto multiply = k.multiply[width / k.lanes];
-      for (size_t i = 0; i < jobs[0].segments.size(); ++i) {
-        const Segment& rows = jobs[0].segments[i];
-        std::memset(static_cast<void*>(sums.get()), 0, jobs.size() * height * k.cols * sizeof(T));
-        for (int64_t m = 0; m < rows.rows(); m += kSlice) {
-          const int64_t depth = std::min(kSlice, rows.rows() - m);
-          for (size_t j = 0; j < jobs.size(); ++j) {
-            const Segment& s = jobs[j].segments[i];
-            const int64_t ld = round_up(s.rows(), kPair<E>);
-            if (j == 0 || jobs[j].mask) {
-              k.pack_panel(right, rows.row + m, depth, col, n, width, jobs[j].mask, packed.get());
-            }
-            for (int64_t r = 0; r < s.ranks(); r += k.rows) {
-              const Lines<E> lines(turned.get() + offsets[j][i] + m, ld, r, s.ranks(), k.rows);
-              multiply(depth, lines.row, packed.get(), tile.get());
-              k.add_lines(tile.get(), std::min(k.rows, s.ranks() - r), n, nullptr, 0, 0,
-                          sums.get() + (j * height + r) * k.cols);
-            }
-          }
+  // Panels side by side share a slice of rows, which is read as it lies in memory.
+  const int64_t threads = torch::stable::get_num_threads(), jobs_height = jobs.size() * height;
+  int64_t group = std::max<int64_t>(1, kSumsBytes / std::max<int64_t>(1, jobs_height * k.cols * int64_t{sizeof(T)}));
+  group = std::min({group, kWide, ceil_div(panels, threads)});
+  const auto slice = [&](int64_t p0, int64_t p1, size_t i, int64_t m, E* packed, T* sums, T* tile) {
+    const int64_t depth = std::min(kSlice, jobs[0].segments[i].row_end - m);
+    for (size_t j = 0; j < jobs.size(); ++j) {
+      const Segment& s = jobs[j].segments[i];
+      if (j == 0 || jobs[j].mask) {
+        k.pack(right, m, depth, p0 * k.cols, std::min(N, p1 * k.cols) - p0 * k.cols, jobs[j].mask, packed,
+               kSlice * k.cols, 0);
+      }
+      for (int64_t p = p0; p < p1; ++p) {
+        const int64_t n = std::min(k.cols, N - p * k.cols), width = round_up(n, k.lanes);
+        const E* panel = packed + (p - p0) * kSlice * k.cols;
+        T* to = sums + ((p - p0) * jobs_height + j * height) * k.cols;
+        for (int64_t r = 0; r < s.ranks(); r += k.rows) {
+          const Lines<E> lines(turned.get() + offsets[j][i] + m - s.row, round_up(s.rows(), kPair<E>), r, s.ranks(), k.rows);
+          k.multiply[width / k.lanes](depth, lines.row, panel, tile);
+          k.add_lines(tile, std::min(k.rows, s.ranks() - r), n, nullptr, 0, 0, to + r * k.cols);
         }
+      }
+    }
+  };
+  torch::stable::parallel_for(0, ceil_div(panels, group), grain(work * k.cols * group), [&](int64_t begin, int64_t end) {
+    const Buffer<E> packed = buffer<E>(kSlice * k.cols * group);
+    const Buffer<T> sums = buffer<T>(jobs_height * k.cols * group), tile = buffer<T>(k.rows * k.cols);
+    for (int64_t p0 = begin * group; p0 < std::min(panels, end * group); p0 += group) {
+      const int64_t p1 = std::min(panels, p0 + group);
+      for (size_t i = 0; i < jobs[0].segments.size(); ++i) {
+        std::memset(static_cast<void*>(sums.get()), 0, jobs_height * k.cols * group * sizeof(T));
+        const Segment& rows = jobs[0].segments[i];
+        for (int64_t m = rows.row; m < rows.row_end; m += kSlice) slice(p0, p1, i, m, packed.get(), sums.get(), tile.get());
         for (size_t j = 0; j < jobs.size(); ++j) {
           const Segment& s = jobs[j].segments[i];
-          k.write_lines(jobs[j].out, s.rank, s.ranks(), col, n, nullptr, sums.get() + j * height * k.cols);
+          for (int64_t p = p0; p < p1; ++p) {
+            k.write_lines(jobs[j].out, s.rank, s.ranks(), p * k.cols, std::min(k.cols, N - p * k.cols), nullptr,
+                          sums.get() + ((p - p0) * jobs_height + j * height) * k.cols);
+          }
         }
       }
     }
