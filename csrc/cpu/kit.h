@@ -3,6 +3,7 @@
 
 #include "dtypes.h"
 
+#include <algorithm>
 #include <memory>
 #include <new>
 #include <type_traits>
@@ -25,6 +26,20 @@ struct Out {
   bool add;
 };
 
+// One product of a tile: pointers to its rows of the left factor, the panel, and how deep both are.
+template <typename E>
+struct Piece {
+  const E* row[8];
+  const E* right;
+  int64_t depth;
+
+  // Rows beyond `end` repeat the last: their sums are not used.
+  Piece(const E* left, int64_t ld, int64_t first, int64_t end, const E* right, int64_t depth)
+      : right(right), depth(depth) {
+    for (int64_t i = 0; i < 8; ++i) row[i] = left + std::min(first + i, end - 1) * ld;
+  }
+};
+
 // Elements along the depth that one instruction multiplies and sums.
 template <typename E>
 constexpr int64_t kPair = std::is_same_v<E, BFloat16> ? 2 : 1;
@@ -38,7 +53,7 @@ using Storage = std::remove_pointer_t<Null>;
 template <typename E, typename T>
 struct Kit {
   int64_t rows, cols, lanes;
-  void (*multiply[4])(int64_t, const E* const*, const E*, T*);
+  void (*multiply[4])(const Piece<E>*, int64_t, bool, T*);
   void (*add_lines)(const T*, int64_t, int64_t, const Mask*, int64_t, int64_t, T*);
   void (*copy_rows)(const View&, int64_t, int64_t, const Mask*, E*, int64_t);
   void (*pack)(const View&, int64_t, int64_t, int64_t, int64_t, const Mask*, E*, int64_t, int64_t);

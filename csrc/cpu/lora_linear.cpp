@@ -221,7 +221,8 @@ void forward(const Tensor& x, const std::vector<Tensor>& weights, const std::vec
       const Tensor& b = *biases[i];
       kit<T, T>().copy_rows({b.const_data_ptr(), b.scalar_type(), 1, N, 0, b.stride(0)}, 0, 1, nullptr, bias.get(), N);
     }
-    expand<E, T>(M, N, terms, out_of(ys[i], weights.empty()), bias.get());
+    const Out out = out_of(ys[i], weights.empty());
+    Expand<E, T>{.M = M, .N = N, .terms = terms, .out = out, .bias = bias.get()}.run();
   }
 }
 
@@ -253,7 +254,8 @@ void backward(const std::vector<Tensor>& dys, const Optional& x, const Tensor& h
       terms.push_back({lefts[i].data, lefts[i].ld, view(weights[i]), {{0, M, 0, dys[i].size(1)}}, nullptr});
     }
     for (const auto& layer : layers) add_terms(terms, layer, false);
-    expand<E, T>(M, dx.size(1), terms, out_of(dx, false), nullptr);
+    const Out out = out_of(dx, false);
+    Expand<E, T>{.M = M, .N = dx.size(1), .terms = terms, .out = out, .bias = nullptr}.run();
   }
   if (!to_A.empty()) reduce<E, T>(view(*x), to_A);
   int64_t column = 0;

@@ -16,11 +16,13 @@ template <typename S>
 struct Line<S, BFloat16> {
   FLORA_TARGET static void convert(const S* from, int64_t stride, int64_t n, BFloat16* to) {
     if constexpr (std::is_same_v<S, BFloat16>) {
-      if (stride == 1) {
+      if (stride == 1 && n == 32) {
+        std::memcpy(to, from, 32 * sizeof(S));  // inlined: what pack asks for
+      } else if (stride == 1) {
         std::memcpy(to, from, n * sizeof(S));
-        return;
+      } else {
+        for (int64_t i = 0; i < n; ++i) to[i] = from[i * stride];
       }
-      for (int64_t i = 0; i < n; ++i) to[i] = from[i * stride];
     } else if (stride == 1) {
       for (int64_t i = 0; i < n; ++i) to[i] = narrow<BFloat16>(widen(from[i]));
     } else {
@@ -169,25 +171,32 @@ FLORA_TARGET void fetch_lines(const Out& out, int64_t row, int64_t rows, int64_t
   }
 }
 
-// sum (kRows, V vectors; lines kCols apart) = left (kRows, depth) right (depth, V vectors). `right` and `sum` are aligned.
+// sum (kRows, V vectors; lines kCols apart) = the sum over pieces of left (kRows, depth) right (depth, V vectors), added to
+// what it held where `resume`. Panels and `sum` are aligned.
 template <int V, typename E, typename T>
 struct Tile {
-  FLORA_TARGET static void multiply(int64_t depth, const E* const* left, const E* right, T* sum) {
+  FLORA_TARGET static void multiply(const Piece<E>* pieces, int64_t count, bool resume, T* sum) {
     typedef T Vector __attribute__((vector_size(VECTOR_BYTES)));
     Vector total[ROWS][V];
-    const E* row[ROWS];
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
-      row[i] = left[i];
 #pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) total[i][v] = Vector{};
+      for (int v = 0; v < V; ++v) {
+        const Vector zero = {};
+        total[i][v] = resume ? *reinterpret_cast<const Vector*>(sum + i * kCols<T> + v * kLanes<T>) : zero;
+      }
     }
-    for (int64_t k = 0; k < depth; ++k) {
-      const Vector* line = reinterpret_cast<const Vector*>(right) + k * V;
+    for (const Piece<E>* piece = pieces; piece < pieces + count; ++piece) {
+      const E* row[ROWS];
 #pragma GCC unroll 16
-      for (int i = 0; i < ROWS; ++i) {
+      for (int i = 0; i < ROWS; ++i) row[i] = piece->row[i];
+      for (int64_t k = 0; k < piece->depth; ++k) {
+        const Vector* line = reinterpret_cast<const Vector*>(piece->right) + k * V;
 #pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) total[i][v] += row[i][k] * line[v];
+        for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 16
+          for (int v = 0; v < V; ++v) total[i][v] += row[i][k] * line[v];
+        }
       }
     }
 #pragma GCC unroll 16
@@ -201,26 +210,31 @@ struct Tile {
 #if FLORA_BF16
 template <int V>
 struct Tile<V, BFloat16, float> {
-  FLORA_TARGET_BF16 static void multiply(int64_t depth, const BFloat16* const* left, const BFloat16* right, float* sum) {
+  FLORA_TARGET_BF16 static void multiply(const Piece<BFloat16>* pieces, int64_t count, bool resume, float* sum) {
     __m512 total[ROWS][V];
-    const BFloat16* row[ROWS];
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
-      row[i] = left[i];
 #pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) total[i][v] = _mm512_setzero_ps();
+      for (int v = 0; v < V; ++v) {
+        total[i][v] = resume ? _mm512_load_ps(sum + i * kCols<float> + v * 16) : _mm512_setzero_ps();
+      }
     }
-    for (int64_t k = 0; k < depth; k += 2) {
-      __m512bh line[V];
+    for (const Piece<BFloat16>* piece = pieces; piece < pieces + count; ++piece) {
+      const BFloat16* row[ROWS];
 #pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) line[v] = (__m512bh)_mm512_load_si512(right + (k * V + 2 * v) * 16);
+      for (int i = 0; i < ROWS; ++i) row[i] = piece->row[i];
+      for (int64_t k = 0; k < piece->depth; k += 2) {
+        __m512bh line[V];
 #pragma GCC unroll 16
-      for (int i = 0; i < ROWS; ++i) {
-        int32_t two;
-        std::memcpy(&two, row[i] + k, sizeof two);
-        const __m512bh both = (__m512bh)_mm512_set1_epi32(two);
+        for (int v = 0; v < V; ++v) line[v] = (__m512bh)_mm512_load_si512(piece->right + (k * V + 2 * v) * 16);
 #pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) total[i][v] = _mm512_dpbf16_ps(total[i][v], both, line[v]);
+        for (int i = 0; i < ROWS; ++i) {
+          int32_t two;
+          std::memcpy(&two, row[i] + k, sizeof two);
+          const __m512bh both = (__m512bh)_mm512_set1_epi32(two);
+#pragma GCC unroll 16
+          for (int v = 0; v < V; ++v) total[i][v] = _mm512_dpbf16_ps(total[i][v], both, line[v]);
+        }
       }
     }
 #pragma GCC unroll 16
@@ -230,7 +244,28 @@ struct Tile<V, BFloat16, float> {
     }
   }
 };
+
+// to[j] = round(sum[j]) with the instruction for it: an eighth of the work of the bit arithmetic.
+FLORA_TARGET_BF16 inline void round_bf16(const float* sum, int64_t n, BFloat16* to) {
+  for (int64_t j = 0; j < n; j += 16) {
+    const __mmask16 some = n - j < 16 ? (1u << (n - j)) - 1 : 0xffffu;
+    const __m256bh sixteen = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(some, sum + j));
+    _mm256_mask_storeu_epi16(to + j, some, (__m256i)sixteen);
+  }
+}
 #endif
+
+// to[j] = round(sum[j]) for a line of products in E.
+template <typename E, typename D, typename T>
+FLORA_TARGET void round_product(const T* sum, int64_t n, D* to) {
+#if FLORA_BF16
+  if constexpr (std::is_same_v<E, BFloat16> && std::is_same_v<D, BFloat16>) {
+    round_bf16(sum, n, to);
+    return;
+  }
+#endif
+  round_line<D, T>(sum, n, to);
+}
 
 // to += tile, or += mask * tile, for `rows` lines of n columns; both kCols apart.
 template <typename T>
@@ -247,7 +282,7 @@ FLORA_TARGET void add_lines(const T* tile, int64_t rows, int64_t n, const Mask* 
 }
 
 // out[row + i, col + j] = round(sums[i][j] + bias[col + j]), or += without a bias; lines kCols apart.
-template <typename D, typename T>
+template <typename E, typename D, typename T>
 FLORA_TARGET void write_lines(const Out& out, int64_t row, int64_t rows, int64_t col, int64_t n, const T* bias, T* sums) {
   for (int64_t i = 0; i < rows; ++i, sums += kCols<T>) {
     D* line = static_cast<D*>(out.data) + (row + i) * out.row_stride + col * out.col_stride;
@@ -257,7 +292,7 @@ FLORA_TARGET void write_lines(const Out& out, int64_t row, int64_t rows, int64_t
     if (out.add) {
       Rows<D, T>::add(line, out.col_stride, n, sums);
     } else if (out.col_stride == 1) {
-      round_line<D, T>(sums, n, line);
+      round_product<E, D, T>(sums, n, line);
     } else {
       for (int64_t j = 0; j < n; ++j) line[j * out.col_stride] = narrow<D>(sums[j]);
     }
@@ -273,7 +308,7 @@ FLORA_TARGET void write_scaled(const T* tile, int64_t rows, int64_t n, const flo
   D* kept = static_cast<D*>(h);
   for (int64_t i = 0; i < rows; ++i, tile += kCols<T>, copy += copy_ld) {
     for (int64_t j = 0; j < n; ++j) line[j] = tile[j] * static_cast<T>(scale[j]);
-    round_line<D, T>(line, n, rounded);
+    round_product<E, D, T>(line, n, rounded);
     Line<D, E>::convert(rounded, 1, n, copy);
     if (!kept) continue;
     std::memcpy(kept, rounded, n * sizeof(D));
@@ -303,7 +338,7 @@ Kit<E, T> make_kit() {
     with_type(out.dtype, [&](auto* d) { fetch_lines<Storage<decltype(d)>>(out, row, rows, col, n); });
   };
   kit.write_lines = [](const Out& out, int64_t row, int64_t rows, int64_t col, int64_t n, const T* bias, T* sums) {
-    with_type(out.dtype, [&](auto* d) { write_lines<Storage<decltype(d)>, T>(out, row, rows, col, n, bias, sums); });
+    with_type(out.dtype, [&](auto* d) { write_lines<E, Storage<decltype(d)>, T>(out, row, rows, col, n, bias, sums); });
   };
   kit.write_scaled = [](const T* tile, int64_t rows, int64_t n, const float* scale, ScalarType dtype, void* h,
                         int64_t h_ld, E* copy, int64_t copy_ld) {

@@ -66,15 +66,6 @@ Left<E> left_of(const View& v) {
   return left;
 }
 
-// One tile's worth of pointers: rows beyond the last repeat it, and their sums are not used.
-template <typename E>
-struct Lines {
-  const E* row[16];
-  Lines(const E* data, int64_t ld, int64_t first, int64_t end, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) row[i] = data + std::min(first + i, end - 1) * ld;
-  }
-};
-
 template <typename E, typename T>
 struct ShrinkJob {
   View right;  // (depth, all ranks)
@@ -122,7 +113,7 @@ void shrink(const View& source, const Left<E>& left, const std::vector<ShrinkJob
   });
   const int64_t step = std::max(k.rows, std::min(kChunkRows, round_up(ceil_div(M, 8), k.rows)));
   torch::stable::parallel_for(0, ceil_div(M, step), grain(step * ranks * depth), [&](int64_t begin, int64_t end) {
-    const Buffer<T> tile = buffer<T>(2 * k.rows * k.cols);
+    const Buffer<T> tile = buffer<T>(k.rows * k.cols);
     Buffer<E> dropped;
     for (int64_t r = begin * step; r < std::min(M, end * step); r += step) {
       const int64_t stop = std::min(M, r + step);
@@ -146,13 +137,8 @@ void shrink(const View& source, const Left<E>& left, const std::vector<ShrinkJob
             const int64_t height = std::min(k.rows, last - row);
             for (int64_t p = from; p < to; ++p) {
               const Panel& one = panels[p];
-              const auto multiply = k.multiply[one.width / k.lanes];
-              for (int64_t d = 0; d == 0 || d < depth; d += kDepth) {
-                const Lines<E> lines(data + d, ld, row, last, k.rows);
-                T* sums = tile.get() + (d ? k.rows * k.cols : 0);
-                multiply(std::min(kDepth, depth - d), lines.row, packed.get() + one.offset + d * one.width, sums);
-                if (d) k.add_lines(sums, height, one.n, nullptr, 0, 0, tile.get());
-              }
+              const Piece<E> piece(data, ld, row, last, packed.get() + one.offset, depth);
+              k.multiply[one.width / k.lanes](&piece, 1, false, tile.get());
               const int64_t col = one.col - s.rank;
               k.write_scaled(tile.get(), height, one.n, job.scale + one.col, dtype,
                              job.h ? job.h + (row * h_ld + col) * itemsize : nullptr, h_ld,
@@ -177,70 +163,103 @@ struct Term {
 
 // out (M, N) = the sum of the terms, plus bias (N) where there is one, rounded once.
 template <typename E, typename T>
-void expand(int64_t M, int64_t N, const std::vector<Term<E>>& terms, const Out& out, const T* bias) {
+struct Expand {
   const Kit<E, T>& k = kit<E, T>();
-  int64_t depth = 0;
-  for (const auto& term : terms) {
-    for (const Segment& s : term.segments) depth += round_up(s.ranks(), kPair<E>);
-  }
-  const int64_t panel = depth * k.cols, panels = ceil_div(N, k.cols);
-  const int64_t threads = torch::stable::get_num_threads();
-  int64_t group = std::max<int64_t>(1, kGroupBytes / std::max<int64_t>(1, panel * int64_t{sizeof(E)}));
-  group = std::min(group, std::max<int64_t>(1, panels / threads));
-  const int64_t chunks = ceil_div(M, kChunkRows), groups = ceil_div(panels, group);
+  const int64_t M, N;
+  const std::vector<Term<E>>& terms;
+  const Out& out;
+  const T* bias;
+  int64_t depth = 0, group = 1, step = kChunkRows;
 
-  auto pack = [&](int64_t g, E* to) {
-    const int64_t col = g * group * k.cols;
+  // What a tile's rows multiply, the same for all panels: `before` is where the lines of the panel begin.
+  struct Part {
+    Piece<E> piece;
+    int64_t before, row, rows;
+    const Mask* mask;
+  };
+
+  struct Scratch {
+    Buffer<T> sums;  // of a tile, and of a part of one
+    std::vector<Part> whole, parts;
+    std::vector<Piece<E>> pieces;
+  };
+
+  // Panels first to last, of all terms and segments: each holds the lines of one after those of another.
+  void pack(int64_t first, int64_t last, E* to) const {
     int64_t before = 0;
     for (const auto& term : terms) {
       for (const Segment& s : term.segments) {
-        k.pack(term.right, s.rank, s.ranks(), col, std::min(N - col, group * k.cols), nullptr, to, panel, before);
+        k.pack(term.right, s.rank, s.ranks(), first * k.cols, std::min(N, last * k.cols) - first * k.cols, nullptr, to,
+               depth * k.cols, before);
         before += round_up(s.ranks(), kPair<E>);
       }
     }
-  };
-  auto block = [&](int64_t r, int64_t col, const E* right, T* sums, T* tile) {
-    const int64_t stop = std::min(M, r + kChunkRows), n = std::min(k.cols, N - col), width = round_up(n, k.lanes);
-    const auto multiply = k.multiply[width / k.lanes];
-    k.fetch_lines(out, r, stop - r, col, n);
-    bool fresh = true;  // the first product that covers the block need not be added to anything
+  }
+
+  // Terms without a mask whose segment holds all rows are summed in registers (whole); the others (parts) add to their own
+  // rows alone, so that no number of one client meets those of another.
+  void gather(int64_t row, int64_t stop, std::vector<Part>& whole, std::vector<Part>& parts) const {
+    whole.clear(), parts.clear();
+    int64_t before = 0;
     for (const auto& term : terms) {
       for (const Segment& s : term.segments) {
-        const int64_t begin = std::max(r, s.row), end = std::min(stop, s.row_end);
-        const bool whole = fresh && begin == r && end == stop && !term.mask && s.ranks() > 0;
-        if (fresh && !whole) std::memset(static_cast<void*>(sums), 0, (stop - r) * k.cols * sizeof(T));
-        fresh = false;
-        for (int64_t d = 0; d < s.ranks() && begin < end; d += kDepth) {
-          for (int64_t row = begin; row < end; row += k.rows) {
-            const Lines<E> lines(term.left + d, term.ld, row, end, k.rows);
-            T* to = sums + (row - r) * k.cols;
-            const bool direct = whole && d == 0;
-            multiply(std::min(kDepth, s.ranks() - d), lines.row, right + d * width, direct ? to : tile);
-            if (!direct) k.add_lines(tile, std::min(k.rows, end - row), n, term.mask, row, col, to);
-          }
+        const int64_t from = std::max(row, s.row), to = std::min(stop, s.row_end);
+        if (from < to && s.ranks() > 0) {
+          const Piece<E> piece(term.left, term.ld, from, to, nullptr, s.ranks());
+          (term.mask || to - from < stop - row ? parts : whole).push_back({piece, before, from, to - from, term.mask});
         }
-        right += round_up(s.ranks(), kPair<E>) * width;
+        before += round_up(s.ranks(), kPair<E>);
       }
     }
-    if (fresh) std::memset(static_cast<void*>(sums), 0, (stop - r) * k.cols * sizeof(T));
-    k.write_lines(out, r, stop - r, col, n, bias, sums);
-  };
-  torch::stable::parallel_for(
-      0, groups * chunks, grain(std::min(M, kChunkRows) * group * panel), [&](int64_t begin, int64_t end) {
-        const Buffer<E> packed = buffer<E>(group * panel);
-        const Buffer<T> sums = buffer<T>((round_up(kChunkRows, k.rows) + k.rows) * k.cols);
-        T* tile = sums.get() + round_up(kChunkRows, k.rows) * k.cols;
-        int64_t held = -1;
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t g = i / chunks;
-          if (g != held) pack(g, packed.get());
-          held = g;
-          for (int64_t p = g * group; p < std::min(panels, (g + 1) * group); ++p) {
-            block(i % chunks * kChunkRows, p * k.cols, packed.get() + (p - g * group) * panel, sums.get(), tile);
+  }
+
+  // Rows `row` to `stop`, at most a tile's, of panels first to last.
+  void rows(int64_t row, int64_t stop, int64_t first, int64_t last, const E* packed, Scratch& own) const {
+    gather(row, stop, own.whole, own.parts);
+    k.fetch_lines(out, row, stop - row, first * k.cols, std::min(N, last * k.cols) - first * k.cols);
+    own.pieces.clear();
+    for (const Part& part : own.whole) own.pieces.push_back(part.piece);
+    T *sums = own.sums.get(), *tile = sums + k.rows * k.cols;
+    for (int64_t p = first; p < last; ++p, packed += depth * k.cols) {
+      const int64_t col = p * k.cols, n = std::min(k.cols, N - col), width = round_up(n, k.lanes);
+      const auto multiply = k.multiply[width / k.lanes];
+      for (size_t i = 0; i < own.pieces.size(); ++i) own.pieces[i].right = packed + own.whole[i].before * width;
+      multiply(own.pieces.data(), own.pieces.size(), false, sums);
+      for (Part& part : own.parts) {
+        part.piece.right = packed + part.before * width;
+        multiply(&part.piece, 1, false, tile);
+        k.add_lines(tile, part.rows, n, part.mask, part.row, col, sums + (part.row - row) * k.cols);
+      }
+      k.write_lines(out, row, stop - row, col, n, bias, sums);
+    }
+  }
+
+  void run() {
+    for (const auto& term : terms) {
+      for (const Segment& s : term.segments) depth += round_up(s.ranks(), kPair<E>);
+    }
+    const int64_t panel = depth * k.cols, panels = ceil_div(N, k.cols);
+    const int64_t threads = torch::stable::get_num_threads();
+    group = std::max<int64_t>(1, kGroupBytes / std::max<int64_t>(1, panel * int64_t{sizeof(E)}));
+    group = std::min(group, std::max<int64_t>(1, panels / threads));
+    const int64_t chunks = ceil_div(M, step), groups = ceil_div(panels, group);
+    torch::stable::parallel_for(
+        0, groups * chunks, grain(std::min(M, step) * group * panel), [&](int64_t begin, int64_t end) {
+          const Buffer<E> packed = buffer<E>(group * panel);
+          Scratch own{buffer<T>(2 * k.rows * k.cols), {}, {}, {}};
+          int64_t held = -1;
+          for (int64_t i = begin; i < end; ++i) {
+            const int64_t first = i / chunks * group, last = std::min(panels, first + group);
+            if (first != held) pack(first, last, packed.get());
+            held = first;
+            const int64_t stop = std::min(M, (i % chunks + 1) * step);
+            for (int64_t r = i % chunks * step; r < stop; r += k.rows) {
+              rows(r, std::min(stop, r + k.rows), first, last, packed.get(), own);
+            }
           }
-        }
-      });
-}
+        });
+  }
+};
 
 template <typename E>
 struct ReduceJob {
@@ -299,8 +318,8 @@ void reduce(const View& right, const std::vector<ReduceJob<E>>& jobs) {
         const E* panel = packed + (p - p0) * kSlice * k.cols;
         T* to = sums + ((p - p0) * jobs_height + j * height) * k.cols;
         for (int64_t r = 0; r < s.ranks(); r += k.rows) {
-          const Lines<E> lines(turned.get() + offsets[j][i] + m - s.row, round_up(s.rows(), kPair<E>), r, s.ranks(), k.rows);
-          k.multiply[width / k.lanes](depth, lines.row, panel, tile);
+          const Piece<E> piece(turned.get() + offsets[j][i] + m - s.row, round_up(s.rows(), kPair<E>), r, s.ranks(), panel, depth);
+          k.multiply[width / k.lanes](&piece, 1, false, tile);
           k.add_lines(tile, std::min(k.rows, s.ranks() - r), n, nullptr, 0, 0, to + r * k.cols);
         }
       }
