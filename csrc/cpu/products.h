@@ -25,8 +25,7 @@ struct Segment {
   int64_t ranks() const { return rank_end - rank; }
 };
 
-constexpr int64_t kChunkRows = 96;   // rows that stay in the L2 cache beside a panel
-constexpr int64_t kDepth = 1536;     // depth of a panel that does
+constexpr int64_t kChunkRows = 64;      // rows that a thread takes at a time
 constexpr int64_t kGroupBytes = 384 << 10;  // panels that are packed together
 constexpr int64_t kSlice = 64;         // rows that reduce packs at a time
 constexpr int64_t kWide = 8;           // panels that it packs side by side
@@ -43,6 +42,13 @@ template <>
 inline constexpr ScalarType kDtype<double> = ScalarType::Double;
 template <>
 inline constexpr ScalarType kDtype<BFloat16> = ScalarType::BFloat16;
+
+// n panels in groups of at most `most`, as equal as can be, so that threads have equal shares.
+struct Groups {
+  int64_t n, count, size;
+  Groups(int64_t n, int64_t most) : n(n), count(ceil_div(n, most)), size(ceil_div(n, count)) {}
+  int64_t begin(int64_t group) const { return group * n / count; }
+};
 
 // Rows in E, an even number of them for pairs: the tensor itself where it will do, else a copy.
 template <typename E>
@@ -169,7 +175,7 @@ struct Expand {
   const std::vector<Term<E>>& terms;
   const Out& out;
   const T* bias;
-  int64_t depth = 0, group = 1, step = kChunkRows;
+  int64_t depth = 0;
 
   // What a tile's rows multiply, the same for all panels: `before` is where the lines of the panel begin.
   struct Part {
@@ -240,20 +246,20 @@ struct Expand {
     }
     const int64_t panel = depth * k.cols, panels = ceil_div(N, k.cols);
     const int64_t threads = torch::stable::get_num_threads();
-    group = std::max<int64_t>(1, kGroupBytes / std::max<int64_t>(1, panel * int64_t{sizeof(E)}));
-    group = std::min(group, std::max<int64_t>(1, panels / threads));
-    const int64_t chunks = ceil_div(M, step), groups = ceil_div(panels, group);
+    const int64_t fit = std::max<int64_t>(1, kGroupBytes / std::max<int64_t>(1, panel * int64_t{sizeof(E)}));
+    const Groups groups(panels, std::min(fit, ceil_div(panels, threads)));
+    const int64_t chunks = ceil_div(M, kChunkRows);
     torch::stable::parallel_for(
-        0, groups * chunks, grain(std::min(M, step) * group * panel), [&](int64_t begin, int64_t end) {
-          const Buffer<E> packed = buffer<E>(group * panel);
+        0, groups.count * chunks, grain(std::min(M, kChunkRows) * groups.size * panel), [&](int64_t begin, int64_t end) {
+          const Buffer<E> packed = buffer<E>(groups.size * panel);
           Scratch own{buffer<T>(2 * k.rows * k.cols), {}, {}, {}};
           int64_t held = -1;
           for (int64_t i = begin; i < end; ++i) {
-            const int64_t first = i / chunks * group, last = std::min(panels, first + group);
+            const int64_t first = groups.begin(i / chunks), last = groups.begin(i / chunks + 1);
             if (first != held) pack(first, last, packed.get());
             held = first;
-            const int64_t stop = std::min(M, (i % chunks + 1) * step);
-            for (int64_t r = i % chunks * step; r < stop; r += k.rows) {
+            const int64_t stop = std::min(M, (i % chunks + 1) * kChunkRows);
+            for (int64_t r = i % chunks * kChunkRows; r < stop; r += k.rows) {
               rows(r, std::min(stop, r + k.rows), first, last, packed.get(), own);
             }
           }
@@ -303,8 +309,8 @@ void reduce(const View& right, const std::vector<ReduceJob<E>>& jobs) {
   }
   // Panels side by side share a slice of rows, which is read as it lies in memory.
   const int64_t threads = torch::stable::get_num_threads(), jobs_height = jobs.size() * height;
-  int64_t group = std::max<int64_t>(1, kSumsBytes / std::max<int64_t>(1, jobs_height * k.cols * int64_t{sizeof(T)}));
-  group = std::min({group, kWide, ceil_div(panels, threads)});
+  const int64_t fit = std::max<int64_t>(1, kSumsBytes / std::max<int64_t>(1, jobs_height * k.cols * int64_t{sizeof(T)}));
+  const Groups groups(panels, std::min({fit, kWide, ceil_div(panels, threads)}));
   const auto slice = [&](int64_t p0, int64_t p1, size_t i, int64_t m, E* packed, T* sums, T* tile) {
     const int64_t depth = std::min(kSlice, jobs[0].segments[i].row_end - m);
     for (size_t j = 0; j < jobs.size(); ++j) {
@@ -325,13 +331,13 @@ void reduce(const View& right, const std::vector<ReduceJob<E>>& jobs) {
       }
     }
   };
-  torch::stable::parallel_for(0, ceil_div(panels, group), grain(work * k.cols * group), [&](int64_t begin, int64_t end) {
-    const Buffer<E> packed = buffer<E>(kSlice * k.cols * group);
-    const Buffer<T> sums = buffer<T>(jobs_height * k.cols * group), tile = buffer<T>(k.rows * k.cols);
-    for (int64_t p0 = begin * group; p0 < std::min(panels, end * group); p0 += group) {
-      const int64_t p1 = std::min(panels, p0 + group);
+  torch::stable::parallel_for(0, groups.count, grain(work * k.cols * groups.size), [&](int64_t begin, int64_t end) {
+    const Buffer<E> packed = buffer<E>(kSlice * k.cols * groups.size);
+    const Buffer<T> sums = buffer<T>(jobs_height * k.cols * groups.size), tile = buffer<T>(k.rows * k.cols);
+    for (int64_t g = begin; g < end; ++g) {
+      const int64_t p0 = groups.begin(g), p1 = groups.begin(g + 1);
       for (size_t i = 0; i < jobs[0].segments.size(); ++i) {
-        std::memset(static_cast<void*>(sums.get()), 0, jobs_height * k.cols * group * sizeof(T));
+        std::memset(static_cast<void*>(sums.get()), 0, jobs_height * k.cols * groups.size * sizeof(T));
         const Segment& rows = jobs[0].segments[i];
         for (int64_t m = rows.row; m < rows.row_end; m += kSlice) slice(p0, p1, i, m, packed.get(), sums.get(), tile.get());
         for (size_t j = 0; j < jobs.size(); ++j) {
