@@ -8,6 +8,7 @@
 #include "../ops.h"
 #include "products.h"
 
+#include <array>
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -161,7 +162,7 @@ struct Layer {
 template <typename E>
 std::vector<Layer<E>> layers_of(const Routes& routes, const std::vector<Tensor>& As, const std::vector<Tensor>& Bs,
                                 const std::vector<Tensor>& scales, const std::vector<Tensor>& frozen,
-                                const std::vector<int64_t>& widths, const std::vector<Mask>& masks) {
+                                const std::vector<int64_t>& widths, const std::vector<Mask>& masks, int64_t in) {
   const size_t L = As.size();
   check(L > 0 && Bs.size() == L && scales.size() == L && widths.size() == L && (frozen.empty() || frozen.size() == 3 * L),
         routes.op, ": expected as many As, Bs, scales and widths as layers, and three frozen tensors a layer or none");
@@ -169,7 +170,7 @@ std::vector<Layer<E>> layers_of(const Routes& routes, const std::vector<Tensor>&
   for (size_t i = 0; i < L; ++i) {
     check_cpu_float(As[i], 2, routes.op, "A (R, in)");
     check_cpu_float(Bs[i], 2, routes.op, "B (out, R)");
-    const int64_t out = Bs[i].size(0), in = As[0].size(1);
+    const int64_t out = Bs[i].size(0);
     layers.push_back({{routes, As[i], Bs[i], scales[i], out, in, true, masks.empty() ? nullptr : &masks[i]}, {}});
     if (!frozen.empty()) {
       layers[i].held.emplace(routes, frozen[3 * i], frozen[3 * i + 1], frozen[3 * i + 2], out, in, false, nullptr);
@@ -197,8 +198,22 @@ void add_terms(std::vector<Term<E>>& terms, const Layer<E>& layer, bool forward)
 
 int64_t itemsize(const Tensor& t) { return static_cast<int64_t>(t.element_size()); }
 
+// Where packing the weight costs more than multiplying with it, torch's own product has y first.
+constexpr int64_t kFewRows = 32;
+
+std::optional<Tensor> linear(const Tensor& x, const Tensor& weight, const Optional& bias) {
+  const ScalarType dtype = x.scalar_type();
+  if (x.size(0) == 0 || x.size(0) >= kFewRows || (dtype != ScalarType::Float && dtype != ScalarType::Double)) return {};
+  if (weight.scalar_type() != dtype || (bias && bias->scalar_type() != dtype)) return {};
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// Products with the weights only where y does not hold them yet.
 template <typename E, typename T>
-void forward(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Optional>& biases,
+void forward(const Tensor& x, const std::vector<Optional>& weights, const std::vector<Optional>& biases,
              std::vector<Layer<E>>& layers, const std::vector<Tensor>& ys, const Tensor& h) {
   const int64_t M = x.size(0), K = x.size(1);
   const Left<E> left = left_of<E, T>(view(x));
@@ -212,16 +227,16 @@ void forward(const Tensor& x, const std::vector<Tensor>& weights, const std::vec
   shrink<E, T>(view(x), left, jobs, x.scalar_type(), h.size(1));
   for (size_t i = 0; i < layers.size(); ++i) {
     std::vector<Term<E>> terms;
-    if (!weights.empty()) terms.push_back({left.data, left.ld, view(weights[i]).transposed(), {{0, M, 0, K}}, nullptr});
+    if (weights[i]) terms.push_back({left.data, left.ld, view(*weights[i]).transposed(), {{0, M, 0, K}}, nullptr});
     add_terms(terms, layers[i], true);
     const int64_t N = ys[i].size(1);
     Buffer<T> bias;
-    if (i < biases.size() && biases[i]) {
+    if (weights[i] && biases[i]) {
       bias = buffer<T>(N);
       const Tensor& b = *biases[i];
       kit<T, T>().copy_rows({b.const_data_ptr(), b.scalar_type(), 1, N, 0, b.stride(0)}, 0, 1, nullptr, bias.get(), N);
     }
-    const Out out = out_of(ys[i], weights.empty());
+    const Out out = out_of(ys[i], !weights[i]);
     Expand<E, T>{.M = M, .N = N, .terms = terms, .out = out, .bias = bias.get()}.run();
   }
 }
@@ -278,27 +293,31 @@ std::tuple<std::vector<Tensor>, Tensor> lora_linear_cpu(
   const char* op = "lora_linear";
   check_cpu_float(x, 2, op, "x (M, in)");
   const int64_t M = x.size(0);
-  check(weights.size() == As.size() && biases.size() == As.size(), op, ": expected as many weights and biases as As");
+  const size_t L = As.size();
+  check(L > 0 && weights.size() == L && biases.size() == L && Bs.size() == L && widths.size() == L, op,
+        ": expected as many weights, biases, Bs and widths as As");
   const Routes routes(op, M, row_offsets, rank_offsets, frozen_ranges);
-  const std::vector<Mask> masks = masks_of(keys, As.size(), M, dropout, x.scalar_type(), op);
+  const std::vector<Mask> masks = masks_of(keys, L, M, dropout, x.scalar_type(), op);
   std::vector<Tensor> ys;
+  std::vector<Optional> left;  // the weights that are still to be multiplied with
   int64_t width = 0;
-  for (size_t i = 0; i < As.size(); ++i) {
-    check_cpu_float(Bs.at(i), 2, op, "B (out, R)");
+  for (size_t i = 0; i < L; ++i) {
+    check_cpu_float(Bs[i], 2, op, "B (out, R)");
     const int64_t N = Bs[i].size(0);
     check_matrix(weights[i], N, x.size(1), op, "weight (out, in)");
     if (biases[i]) check_cpu_float(*biases[i], 1, op, "bias (out,)");
     check(!biases[i] || biases[i]->size(0) == N, op, ": expected bias (", N, ",)");
-    ys.push_back(torch::stable::new_empty(x, {M, N}));
-    width += widths.at(i);
+    const Optional y = linear(x, weights[i], biases[i]);
+    ys.push_back(y ? *y : torch::stable::new_empty(x, {M, N}));
+    left.push_back(y ? Optional{} : Optional{weights[i]});
+    width += widths[i];
   }
   Tensor h = torch::stable::new_empty(x, {M, width});
   with_products(x.scalar_type(), [&](auto* e, auto* t) {
     using E = Storage<decltype(e)>;
     using T = Storage<decltype(t)>;
-    auto layers = layers_of<E>(routes, As, Bs, scales, frozen, widths, masks);
-    check(As[0].size(1) == x.size(1), op, ": expected A (R, ", x.size(1), "), got ", shape(As[0]));
-    forward<E, T>(x, weights, biases, layers, ys, h);
+    auto layers = layers_of<E>(routes, As, Bs, scales, frozen, widths, masks, x.size(1));
+    forward<E, T>(x, left, biases, layers, ys, h);
   });
   return {ys, h};
 }
@@ -319,9 +338,8 @@ Tensor lora_add_cpu_(Tensor y, const Tensor& x, const Tensor& A, const Tensor& B
   with_products(x.scalar_type(), [&](auto* e, auto* t) {
     using E = Storage<decltype(e)>;
     using T = Storage<decltype(t)>;
-    auto layers = layers_of<E>(routes, {A}, {B}, {scale}, frozen, {width}, masks);
-    check(A.size(1) == x.size(1), op, ": expected A (R, ", x.size(1), "), got ", shape(A));
-    forward<E, T>(x, {}, {}, layers, {y}, h);
+    auto layers = layers_of<E>(routes, {A}, {B}, {scale}, frozen, {width}, masks, x.size(1));
+    forward<E, T>(x, {std::nullopt}, {std::nullopt}, layers, {y}, h);
   });
   return h;
 }
@@ -333,7 +351,8 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_linear_backwar
     std::vector<bool> needs) {
   const char* op = "lora_linear_backward";
   const size_t L = As.size();
-  check(L > 0 && dys.size() == L && Bs.size() == L && (weights.empty() || weights.size() == L) && needs.size() == 1 + 2 * L,
+  check(L > 0 && dys.size() == L && Bs.size() == L && widths.size() == L && (weights.empty() || weights.size() == L) &&
+            needs.size() == 1 + 2 * L,
         op, ": expected as many dys, As, Bs and weights (or none) as layers, and needs for dx, every A and every B");
   check_cpu_float(dys[0], 2, op, "dy (M, out)");
   check_cpu_float(As[0], 2, op, "A (R, in)");
@@ -355,7 +374,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_linear_backwar
     if (!weights.empty()) check_matrix(weights[i], Bs[i].size(0), K, op, "weight (out, in)");
     dAs.push_back(grad(As[i], needs[1 + i]));
     dBs.push_back(grad(Bs[i], needs[1 + L + i]));
-    width += widths.at(i);
+    width += widths[i];
     any_A |= needs[1 + i], any_B |= needs[1 + L + i];
   }
   check(!any_A || x.has_value(), op, ": expected x for the gradients of A, got None");
@@ -365,7 +384,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_linear_backwar
   with_products(dy.scalar_type(), [&](auto* e, auto* t) {
     using E = Storage<decltype(e)>;
     using T = Storage<decltype(t)>;
-    auto layers = layers_of<E>(routes, As, Bs, scales, frozen, widths, masks);
+    auto layers = layers_of<E>(routes, As, Bs, scales, frozen, widths, masks, K);
     backward<E, T>(dys, x, h, weights, layers, dx, dAs, dBs, needs);
   });
   return {dx, dAs, dBs};

@@ -85,9 +85,32 @@ FLORA_TARGET void copy_rows(const View& from, int64_t begin, int64_t end, const 
   }
 }
 
-// to[k][j] = from[j][k] for a block of words, 16 columns of which `cols` are wanted.
+// to[k][j] = from[j][k] for a block of words: `depth` lines of the `cols` columns wanted.
 template <typename W>
 FLORA_TARGET void transpose_words(const W (&from)[16][16], int64_t depth, int64_t cols, W* to, int64_t ld) {
+#if VECTOR_BYTES == 64
+  if (sizeof(W) == 4 && depth == 16 && cols == 16) {
+    __m512i line[16];
+    for (int i = 0; i < 16; ++i) line[i] = _mm512_load_si512(from[i]);
+    // Lines 1, 2, 4 and 8 apart exchange their off-diagonal blocks of that size.
+#pragma GCC unroll 4
+    for (int d = 1; d < 16; d *= 2) {
+      const __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+      const __mmask16 odd = _mm512_test_epi32_mask(index, _mm512_set1_epi32(d));
+      const __m512i low = _mm512_mask_add_epi32(index, odd, index, _mm512_set1_epi32(16 - d));
+      const __m512i high = _mm512_add_epi32(index, _mm512_mask_mov_epi32(_mm512_set1_epi32(d), odd, _mm512_set1_epi32(16)));
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        if (i & d) continue;
+        const __m512i a = line[i], b = line[i + d];
+        line[i] = _mm512_permutex2var_epi32(a, low, b);
+        line[i + d] = _mm512_permutex2var_epi32(a, high, b);
+      }
+    }
+    for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * ld, line[i]);
+    return;
+  }
+#endif
   for (int64_t k = 0; k < depth; ++k) {
     for (int64_t j = 0; j < cols; ++j) to[k * ld + j] = from[j][k];
   }
@@ -130,6 +153,7 @@ FLORA_TARGET void pack(const View& right, int64_t k0, int64_t depth, int64_t c0,
             lines[p] = zeros;
           } else if (direct) {
             lines[p] = right.at<E>(k, c0 + c);
+            for (int64_t j = 0; j < count; j += 64 / sizeof(E)) __builtin_prefetch(lines[p] + 8 * right.row_stride + j);
           } else {
             Line<S, E>::convert(right.at<S>(k, c0 + c), right.col_stride, count, copies[p]);
             if (mask) drop_line<E, T>(*mask, k, c0 + c, count, copies[p]);
@@ -142,20 +166,23 @@ FLORA_TARGET void pack(const View& right, int64_t k0, int64_t depth, int64_t c0,
     return;
   }
   // Columns are contiguous: 16 of them at a time, 16 words of each.
-  for (int64_t c = 0; c < n; c += 16) {
-    const int64_t first = c / step * step, count = n - first < step ? n - first : step;
+  for (int64_t first = 0; first < n; first += step, to += stride) {
+    const int64_t count = n - first < step ? n - first : step;
     const int64_t width = (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-    const int64_t cols = n - c < 16 ? n - c : 16, wide = width - (c - first) < 16 ? width - (c - first) : 16;
-    Word* panel = reinterpret_cast<Word*>(to + c / step * stride + before * width) + (c - first);
-    for (int64_t w = 0; w < words; w += 16) {
-      alignas(64) Word block[16][16];
-      const int64_t count = words - w < 16 ? words - w : 16;
-      const int64_t deep = depth - w * pair < 16 * pair ? depth - w * pair : 16 * pair;
-      if (cols < 16 || deep < 16 * pair) std::memset(block, 0, sizeof block);
-      for (int64_t j = 0; j < cols; ++j) {
-        Line<S, E>::convert(right.at<S>(k0 + w * pair, c0 + c + j), 1, deep, reinterpret_cast<E*>(block[j]));
+    Word* panel = reinterpret_cast<Word*>(to + before * width);
+    for (int64_t c = 0; c < width; c += 16) {
+      const int64_t cols = count - c < 16 ? count - c : 16, wide = width - c < 16 ? width - c : 16;
+      for (int64_t w = 0; w < words; w += 16) {
+        alignas(64) Word block[16][16];
+        const int64_t lines = words - w < 16 ? words - w : 16;
+        const int64_t deep = depth - w * pair < 16 * pair ? depth - w * pair : 16 * pair;
+        if (cols < 16 || deep < 16 * pair) std::memset(block, 0, sizeof block);
+        for (int64_t j = 0; j < cols; ++j) {
+          const S* column = right.at<S>(k0 + w * pair, c0 + first + c + j);
+          Line<S, E>::convert(column, 1, deep, reinterpret_cast<E*>(block[j]));
+        }
+        transpose_words<Word>(block, lines, wide, panel + w * width + c, width);
       }
-      transpose_words<Word>(block, count, wide, panel + w * width, width);
     }
   }
 }
