@@ -198,39 +198,53 @@ FLORA_TARGET void fetch_lines(const Out& out, int64_t row, int64_t rows, int64_t
   }
 }
 
+// Terms added one after another before the sum joins what came before: a longer chain of fp32 additions loses more than the
+// blocked sums of a good library do.
+constexpr int64_t kChain = 256;
+
 // sum (kRows, V vectors; lines kCols apart) = the sum over pieces of left (kRows, depth) right (depth, V vectors), added to
 // what it held where `resume`. Panels and `sum` are aligned.
 template <int V, typename E, typename T>
 struct Tile {
-  FLORA_TARGET static void multiply(const Piece<E>* pieces, int64_t count, bool resume, T* sum) {
-    typedef T Vector __attribute__((vector_size(VECTOR_BYTES)));
-    Vector total[ROWS][V];
+  typedef T Vector __attribute__((vector_size(VECTOR_BYTES)));
+
+  // sum = total, or += where it holds something; total = 0.
+  FLORA_TARGET __attribute__((always_inline)) static inline void flush(Vector (&total)[ROWS][V], bool held, T* sum) {
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) {
-        const Vector zero = {};
-        total[i][v] = resume ? *reinterpret_cast<const Vector*>(sum + i * kCols<T> + v * kLanes<T>) : zero;
+        Vector& to = *reinterpret_cast<Vector*>(sum + i * kCols<T> + v * kLanes<T>);
+        to = held ? to + total[i][v] : total[i][v];
+        total[i][v] = Vector{};
       }
     }
+  }
+
+  FLORA_TARGET static void multiply(const Piece<E>* pieces, int64_t count, bool resume, T* sum) {
+    Vector total[ROWS][V] = {};
+    bool held = resume;
     for (const Piece<E>* piece = pieces; piece < pieces + count; ++piece) {
       const E* row[ROWS];
 #pragma GCC unroll 16
       for (int i = 0; i < ROWS; ++i) row[i] = piece->row[i];
-      for (int64_t k = 0; k < piece->depth; ++k) {
-        const Vector* line = reinterpret_cast<const Vector*>(piece->right) + k * V;
+      for (int64_t begin = 0; begin < piece->depth; begin += kChain) {
+        const int64_t end = piece->depth - begin < kChain ? piece->depth : begin + kChain;
+        for (int64_t k = begin; k < end; ++k) {
+          const Vector* line = reinterpret_cast<const Vector*>(piece->right) + k * V;
 #pragma GCC unroll 16
-        for (int i = 0; i < ROWS; ++i) {
+          for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 16
-          for (int v = 0; v < V; ++v) total[i][v] += row[i][k] * line[v];
+            for (int v = 0; v < V; ++v) total[i][v] += row[i][k] * line[v];
+          }
+        }
+        if (end - begin == kChain) {
+          flush(total, held, sum);
+          held = true;
         }
       }
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) *reinterpret_cast<Vector*>(sum + i * kCols<T> + v * kLanes<T>) = total[i][v];
-    }
+    flush(total, held, sum);
   }
 };
 
