@@ -330,8 +330,11 @@ FLORA_TARGET void write_lines(const Out& out, int64_t row, int64_t rows, int64_t
     if (bias) {
       for (int64_t j = 0; j < n; ++j) sums[j] += bias[col + j];
     }
-    if (out.add) {
+    if (out.add && (out.col_stride != 1 || std::is_same_v<D, Half>)) {
       Rows<D, T>::add(line, out.col_stride, n, sums);
+    } else if (out.add) {
+      for (int64_t j = 0; j < n; ++j) sums[j] += static_cast<T>(widen(line[j]));
+      round_product<E, D, T>(sums, n, line);
     } else if (out.col_stride == 1) {
       round_product<E, D, T>(sums, n, line);
     } else {
