@@ -7,12 +7,10 @@
 // thread count.
 #include "../common.h"
 #include "../ops.h"
-#include "dtypes.h"
+#include "kit.h"
 
 #include <algorithm>
 #include <memory>
-#include <new>
-#include <type_traits>
 #include <utility>
 
 #if defined(__x86_64__)
@@ -68,9 +66,6 @@ struct Leaves {
   void (*add_tile)(void*, int64_t, int64_t, int64_t, int64_t, const T*);
 };
 
-template <typename Null>
-using Storage = std::remove_pointer_t<Null>;
-
 #define FLORA_LEAVES(set)                                                                                  \
   leaves.rows = set::kRows;                                                                                \
   leaves.cols = set::kCols<T>;                                                                             \
@@ -96,14 +91,6 @@ Leaves<T> choose_leaves(ScalarType left, ScalarType right, ScalarType weight) {
   }
 #endif
   FLORA_LEAVES(baseline);
-}
-
-struct FreeAligned {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
-};
-template <typename T>
-std::unique_ptr<T, FreeAligned> allocate(int64_t count) {
-  return std::unique_ptr<T, FreeAligned>(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64))));
 }
 
 int64_t panels(int64_t size, int64_t width) { return (size + width - 1) / width; }
@@ -170,8 +157,8 @@ void merge_as(const Product& p, ScalarType weight) {
   const Leaves<T> leaves = choose_leaves<T>(p.left.dtype, p.right.dtype, weight);
   const int64_t rank = p.left.cols, size = leaves.rows * leaves.cols;
   const int64_t row_panels = panels(p.left.rows, leaves.rows), col_panels = panels(p.right.cols, leaves.cols);
-  const auto left = allocate<T>(row_panels * leaves.rows * rank);
-  const auto right = allocate<T>(col_panels * leaves.cols * rank);
+  const auto left = buffer<T>(row_panels * leaves.rows * rank);
+  const auto right = buffer<T>(col_panels * leaves.cols * rank);
   torch::stable::parallel_for(
       0, row_panels, std::max<int64_t>(1, kGrain / 16 / (leaves.rows * rank)),
       [&](int64_t begin, int64_t end) { leaves.pack_left(p.left, p.scale, begin, end, left.get()); });
@@ -196,7 +183,7 @@ void merge_as(const Product& p, ScalarType weight) {
   const int64_t work = size * plan.row_step * plan.col_step * rank;
   torch::stable::parallel_for(
       0, count(), std::max<int64_t>(1, kGrain / work), [&](int64_t begin, int64_t end) {
-        const auto sums = allocate<T>(rank > kDepth ? size * plan.row_step * plan.col_step : size);
+        const auto sums = buffer<T>(rank > kDepth ? size * plan.row_step * plan.col_step : size);
         for (int64_t b = begin; b < end; ++b) {
           plan.block(b / col_blocks * plan.row_step, b % col_blocks * plan.col_step, sums.get());
         }
