@@ -153,7 +153,7 @@ FLORA_TARGET void pack(const View& right, int64_t k0, int64_t depth, int64_t c0,
             lines[p] = zeros;
           } else if (direct) {
             lines[p] = right.at<E>(k, c0 + c);
-            for (int64_t j = 0; j < count; j += 64 / sizeof(E)) __builtin_prefetch(lines[p] + 16 * right.row_stride + j);
+            for (int64_t j = 0; j < count; j += 64 / sizeof(E)) __builtin_prefetch(lines[p] + 8 * right.row_stride + j);
           } else {
             Line<S, E>::convert(right.at<S>(k, c0 + c), right.col_stride, count, copies[p]);
             if (mask) drop_line<E, T>(*mask, k, c0 + c, count, copies[p]);

@@ -28,7 +28,7 @@ struct Segment {
 constexpr int64_t kChunkRows = 64;      // rows that a thread takes at a time
 constexpr int64_t kGroupBytes = 256 << 10;  // panels that are packed together
 constexpr int64_t kSlice = 64;         // rows that reduce packs at a time
-constexpr int64_t kWide = 4;           // panels that it packs side by side
+constexpr int64_t kWide = 16;          // panels that it packs side by side
 constexpr int64_t kSumsBytes = 128 << 10;  // sums that it keeps meanwhile
 constexpr int64_t kGrain = 1 << 18;  // multiply-adds for which a thread is worth waking
 
