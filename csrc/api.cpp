@@ -15,7 +15,10 @@ STABLE_TORCH_LIBRARY(flora_native, m) {
       "int[] widths, float dropout, Tensor[] keys, bool[] needs) -> (Tensor, Tensor[], Tensor[])");
   m.def("lora_add_(Tensor(a!) y, Tensor x, Tensor A, Tensor B, Tensor scale, " FLORA_RANKS
         "int width, float dropout, Tensor? keys) -> Tensor");
-  m.def("merge_(Tensor(a!) weight, Tensor A, Tensor B, Tensor scale) -> ()");
+  m.def(
+      "merge_(Tensor(a!)[] weights, Tensor(b!)[] residuals, Tensor[] As, Tensor[] Bs, Tensor[] scales, int[] counts, "
+      "int[] seeds) -> ()");
+  m.def("first_not_finite(Tensor[] tensors) -> int");
   m.def(
       "stack_(Tensor(a!) out_A, Tensor(b!) out_B, Tensor(c!) out_scale, Tensor[] As, Tensor[] Bs, Tensor[] scales)"
       " -> ()");
@@ -26,5 +29,6 @@ STABLE_TORCH_LIBRARY_IMPL(flora_native, CPU, m) {
   m.impl("lora_linear_backward", TORCH_BOX(&flora::lora_linear_backward_cpu));
   m.impl("lora_add_", TORCH_BOX(&flora::lora_add_cpu_));
   m.impl("merge_", TORCH_BOX(&flora::merge_cpu_));
+  m.impl("first_not_finite", TORCH_BOX(&flora::first_not_finite_cpu));
   m.impl("stack_", TORCH_BOX(&flora::stack_cpu_));
 }

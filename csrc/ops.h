@@ -11,11 +11,17 @@ namespace flora {
 
 using torch::stable::Tensor;
 
-// weight += B diag(scale) A, in place. The sum over ranks is accumulated in fp32 (fp64 for an fp64 weight, and for one
-// of at most 4096 elements), added once and rounded once, to nearest even.
-//   weight (out, in), A (r, in), B (out, r): float32, float64, float16 or bfloat16 each, any strides;
-//   scale (r,): float32. r = 0, out = 0 or in = 0 changes nothing.
-void merge_cpu_(Tensor weight, const Tensor& A, const Tensor& B, const Tensor& scale);
+// weights[l] += the sum over the layer's clients of B diag(scale) A, in place, for every layer l. Sums over all ranks are
+// fp32 (fp64 for an fp64 weight, and for one of at most 4096 elements), added once and rounded once; same bits for any
+// number of threads. flora/kernels/reference.py defines the roundings; a thread's scratch is under 1 MB.
+//   weights[l] (out, in); residuals: none, or one for each weight, of its shape; counts[l]: clients of layer l, whose As
+//   (r, in), Bs (out, r) and scales (r,) follow those of the layers before; seeds: none (round to nearest even), or one for
+//   each weight. Any mix of the four dtypes, any strides; scales float32. No two of what is written may share memory.
+void merge_cpu_(std::vector<Tensor> weights, std::vector<Tensor> residuals, std::vector<Tensor> As, std::vector<Tensor> Bs,
+                std::vector<Tensor> scales, std::vector<int64_t> counts, std::vector<int64_t> seeds);
+
+// The index of the first tensor that holds a NaN or an infinity, -1 if none does. Any of the four dtypes, shapes, strides.
+int64_t first_not_finite_cpu(std::vector<Tensor> tensors);
 
 // out_A, out_B, out_scale = the ranks of all adapters, one after another. Equal dtypes copy bit for bit.
 //   out_A (R, in), out_B (out, R), out_scale (R,), and for each k: As[k] (r_k, in), Bs[k] (out, r_k), scales[k] (r_k,);

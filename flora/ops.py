@@ -5,69 +5,46 @@ picks a backend (flora.kernels). The autograd.Function stands outside the operat
 Layers that read the same x are one call: x is read once for all of their h, and their dx accumulate in place.
 """
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flora import kernels
 from flora.checks import FLOATS, check, check_dtype, check_ranks, check_weight, check_writable
+from flora.library import LIB, implement
+from flora.merges import Rounding, add_many_, merge_, merge_many_, stack_
 from flora.segments import Frozen, HasRanks, Segments, frozen_operand, keys_of, row_keys, segments_of
 
-__all__ = ["lora_linear", "lora_linears", "lora_add_", "merge_", "stack_", "Segments", "Frozen", "row_keys", "FLOATS"]
+__all__ = ["lora_linear", "lora_linears", "lora_add_", "merge_", "merge_many_", "add_many_", "stack_", "Rounding",
+           "Segments", "Frozen", "row_keys", "FLOATS"]
 
-_LIB = torch.library.Library("flora", "DEF")
 _SEGMENTS = "Tensor[] frozen, Tensor? row_offsets, Tensor? rank_offsets, Tensor? frozen_ranges"
-_LIB.define(f"lora_linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] As, Tensor[] Bs, Tensor[] scales, {_SEGMENTS}, "
+LIB.define(f"lora_linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] As, Tensor[] Bs, Tensor[] scales, {_SEGMENTS}, "
             "SymInt[] widths, float dropout, Tensor[] keys) -> (Tensor[], Tensor)")
-_LIB.define("lora_linear_backward(Tensor[] dys, Tensor? x, Tensor h, Tensor[] weights, Tensor[] As, Tensor[] Bs, "
+LIB.define("lora_linear_backward(Tensor[] dys, Tensor? x, Tensor h, Tensor[] weights, Tensor[] As, Tensor[] Bs, "
             f"Tensor[] scales, {_SEGMENTS}, SymInt[] widths, float dropout, Tensor[] keys, bool[] needs) "
             "-> (Tensor, Tensor[], Tensor[])")
-_LIB.define(f"lora_add_(Tensor(a!) y, Tensor x, Tensor A, Tensor B, Tensor scale, {_SEGMENTS}, SymInt width, float dropout, "
+LIB.define(f"lora_add_(Tensor(a!) y, Tensor x, Tensor A, Tensor B, Tensor scale, {_SEGMENTS}, SymInt width, float dropout, "
             "Tensor? keys) -> Tensor")
-_LIB.define("merge_(Tensor(a!) weight, Tensor A, Tensor B, Tensor scale) -> ()")
-_LIB.define("stack_(Tensor(a!) out_A, Tensor(b!) out_B, Tensor(c!) out_scale, Tensor[] As, Tensor[] Bs, "
-            "Tensor[] scales) -> ()")
+for _op, _written in (("lora_linear", 0), ("lora_linear_backward", 0), ("lora_add_", 1)):
+    implement(_op, _written)
 
 
-def _implement(op: str, written: int = 0) -> None:
-    """Registers the operator's body: the backend of the first argument's device and dtype, autocast off, versions of what
-    is written in place (the first `written` arguments) bumped."""
-    def body(*args):
-        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
-        casts = torch.is_autocast_enabled(first.device.type)          # asking costs less than entering the block
-        with torch.autocast(first.device.type, enabled=False) if casts else nullcontext():
-            result = kernels.resolve(op, first.device, first.dtype)(*args)
-        if written:
-            torch.autograd.graph.increment_version(args[:written])
-        return result
-    _LIB.impl(op, body, "CompositeExplicitAutograd")
-
-
-for _op, _written in (("lora_linear", 0), ("lora_linear_backward", 0), ("lora_add_", 1), ("merge_", 1), ("stack_", 3)):
-    _implement(_op, _written)
-
-
-@torch.library.register_fake("flora::lora_linear", lib=_LIB)
+@torch.library.register_fake("flora::lora_linear", lib=LIB)
 def _(x, weights, biases, As, Bs, scales, frozen, row_offsets, rank_offsets, frozen_ranges, widths, dropout, keys):
     return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights], x.new_empty(x.shape[0], sum(widths))
 
 
-@torch.library.register_fake("flora::lora_linear_backward", lib=_LIB)
+@torch.library.register_fake("flora::lora_linear_backward", lib=LIB)
 def _(dys, x, h, weights, As, Bs, scales, frozen, row_offsets, rank_offsets, frozen_ranges, widths, dropout, keys, needs):
     L, dy = len(As), dys[0]
     grads = [t.new_empty(t.shape if need else 0) for t, need in zip([*As, *Bs], needs[1:], strict=True)]
     return dy.new_empty((dy.shape[0], As[0].shape[1]) if needs[0] else 0), grads[:L], grads[L:]
 
 
-@torch.library.register_fake("flora::lora_add_", lib=_LIB)
+@torch.library.register_fake("flora::lora_add_", lib=LIB)
 def _(y, x, A, B, scale, frozen, row_offsets, rank_offsets, frozen_ranges, width, dropout, keys):
     return x.new_empty(x.shape[0], width)
-
-
-for _in_place in ("merge_", "stack_"):
-    torch.library.register_fake(f"flora::{_in_place}", lambda *args: None, lib=_LIB)
 
 
 def _forward_order(As, Bs, weights, biases, scales, frozen, segments, widths, dropout, keys) -> tuple:
@@ -235,38 +212,3 @@ def _routing(x: Tensor, As: Sequence[Tensor], shapes: Sequence[tuple[int, int]],
     widths = [segments.max_rank if segments else A.shape[0] for A in As]
     keys = [keys_of(seed, x.shape[0], x.device) for seed in seeds] if dropout > 0 else []
     return [tensor for tensors, _ in pairs for tensor in tensors], (*offsets, ranges), widths, keys
-
-
-def merge_(weight: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
-    """W += B diag(scale) A in place, summed in fp32 over all ranks and rounded once; no dense ΔW.
-
-    weight (out, in), any strides (a transposed view for Conv1D); A (R, in), B (out, R), scale (R,). Returns weight.
-    Writes under no_grad and bumps the version counter. Raises AdapterError for shapes, dtypes or devices that do not fit.
-    """
-    check_weight(weight)
-    check_ranks("adapter", (A, B, scale), tuple(weight.shape), weight.device)
-    check_writable("weight", weight)
-    torch.ops.flora.merge_(weight.detach(), A.detach(), B.detach(), scale.detach().float())
-    return weight
-
-
-def stack_(out_A: Tensor, out_B: Tensor, out_scale: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor],
-           scales: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Concatenates ranks into preallocated buffers: out_A (R, in), out_B (out, R), out_scale (R,), R = Σ r_k.
-
-    As[k] (r_k, in), Bs[k] (out, r_k), scales[k] (r_k,), any float dtypes; a copy where the dtypes agree. Returns the buffers.
-    Raises AdapterError where the ranks do not add up to R or a shape differs.
-    """
-    check("As, Bs, scales", len(As) == len(Bs) == len(scales), "lists of one length", (len(As), len(Bs), len(scales)))
-    check("out_A and out_B", out_A.dim() == out_B.dim() == 2, "two matrices", (tuple(out_A.shape), tuple(out_B.shape)))
-    outs, shape = (out_A, out_B, out_scale), (out_B.shape[0], out_A.shape[1])
-    check_ranks("out", outs, shape, out_A.device)
-    for k, ranks in enumerate(zip(As, Bs, scales, strict=True)):
-        check_ranks(f"adapter {k}", ranks, shape, out_A.device)
-    total = sum(A.shape[0] for A in As)
-    check("out_A", total == out_A.shape[0], f"{total} ranks, the sum of the adapters' ranks", out_A.shape[0])
-    check("out_scale", out_scale.dtype == torch.float32, "float32", out_scale.dtype)
-    for name, tensor in zip(("out_A", "out_B", "out_scale"), outs, strict=True):
-        check_writable(name, tensor)
-    torch.ops.flora.stack_(*(t.detach() for t in outs), *([t.detach() for t in each] for each in (As, Bs, scales)))
-    return outs

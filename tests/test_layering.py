@@ -8,18 +8,18 @@ import pytest
 from tiny import ROOT
 
 LAYERS = [
-    ["seeds", "files", "errors", "config"], ["checks"], ["segments"],
-    ["kernels.reference", "kernels.native", "kernels.triton"], ["kernels"], ["ops"],
+    ["seeds", "files", "errors", "config"], ["checks"], ["segments", "memory"],
+    ["kernels.reference", "kernels.native", "kernels.triton"], ["kernels"], ["library"], ["merges"], ["ops"],
     ["adapter"],
-    ["layer"], ["nn"], ["messages"], ["formats"], ["strategies"], ["data"], ["evaluate"], ["client"], ["cohort"], ["group"],
-    ["server"],
+    ["layer"], ["targets"], ["nn"], ["messages"], ["versions"], ["formats"], ["strategies"], ["data"], ["evaluate"], ["client"],
+    ["cohort"], ["group"], ["stream"], ["server"],
     ["checkpoint"], ["report"], ["engines.prepare"], ["engines.local", "engines.flower", "engines.nvflare"], ["engines"],
-    ["integrations"], ["doctor", "tuning"], ["cli"]]
+    ["integrations"], ["doctor", "tuning", "shards"], ["cli"]]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PACKAGES = ("strategies", "data", "integrations", "kernels.triton")     # their own files may import each other
 LIGHT = {"torch", "numpy", "safetensors", "flora"}
 HEAVY_ALLOWED = {"config": {"pydantic", "yaml"}, "report": {"rich"}, "doctor": {"rich"}, "engines.local": {"rich", "yaml"},
-                 "kernels.triton": {"triton"}}
+                 "kernels.triton": {"triton"}, "shards": {"rich"}}
 
 
 def unit(name):

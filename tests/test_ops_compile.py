@@ -45,7 +45,9 @@ def test_opcheck_of_lora_linear(kind):
 def test_opcheck_of_the_operators_in_place(dtype):
     a, b = adapter(7, 5, 3, dtype=dtype), adapter(7, 5, 2, dtype=dtype)
     for weight in (torch.randn(7, 5).to(dtype), torch.randn(5, 7).to(dtype).T):
-        torch.library.opcheck(torch.ops.flora.merge_.default, (weight, a.A, a.B, a.scale))
+        for residuals, seeds in (([], []), ([torch.zeros(7, 5).to(dtype)] * 1, [3]), ([], [5])):
+            torch.library.opcheck(torch.ops.flora.merge_.default,
+                                  ([weight.clone()], residuals, [a.A, b.A], [a.B, b.B], [a.scale, b.scale], [2], seeds))
     out = (torch.empty(5, 5).to(dtype), torch.empty(7, 5).to(dtype), torch.empty(5))
     torch.library.opcheck(torch.ops.flora.stack_.default, (*out, [a.A, b.A], [a.B, b.B], [a.scale, b.scale]))
 
@@ -53,7 +55,7 @@ def test_opcheck_of_the_operators_in_place(dtype):
 def test_the_schemas_say_what_is_written():
     schemas = {name: getattr(torch.ops.flora, name).default._schema for name in ("lora_linear", "merge_", "stack_")}
     written = {name: [a.name for a in s.arguments if a.alias_info and a.alias_info.is_write] for name, s in schemas.items()}
-    assert written == {"lora_linear": [], "merge_": ["weight"], "stack_": ["out_A", "out_B", "out_scale"]}
+    assert written == {"lora_linear": [], "merge_": ["weights", "residuals"], "stack_": ["out_A", "out_B", "out_scale"]}
 
 
 @pytest.mark.parametrize(("kind", "backend"), [*((kind, "aot_eager") for kind in KINDS), ("all", "inductor"), ("bf16", "inductor")])

@@ -19,6 +19,7 @@ namespace avx512 {
 #define VECTORS 3
 #include "tile.h"
 #include "product.h"
+#include "rounding.h"
 #undef FLORA_BF16
 #undef FLORA_TARGET
 #undef VECTOR_BYTES
@@ -33,6 +34,7 @@ namespace avx2 {
 #define VECTORS 2
 #include "tile.h"
 #include "product.h"
+#include "rounding.h"
 #undef FLORA_TARGET
 #undef VECTOR_BYTES
 #undef ROWS
@@ -51,22 +53,44 @@ namespace baseline {
 #define VECTORS 2
 #include "tile.h"
 #include "product.h"
+#include "rounding.h"
 }  // namespace baseline
 
-template <typename E, typename T>
-Kit<E, T> choose_kit() {
+enum Set { kBaseline, kAvx2, kAvx512 };
+
+Set best_set() {
 #if defined(__x86_64__)
   const bool has_avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512) return avx512::make_kit<E, T>();
+  return has_avx512 ? kAvx512 : has_avx2 ? kAvx2 : kBaseline;
+#else
+  return kBaseline;
+#endif
+}
+
+template <typename E, typename T>
+Kit<E, T> choose_kit() {
+  [[maybe_unused]] const Set set = best_set();
+#if defined(__x86_64__)
+  if (set == kAvx512) return avx512::make_kit<E, T>();
   if constexpr (!std::is_same_v<E, BFloat16>) {
-    if (has_avx2) return avx2::make_kit<E, T>();
+    if (set == kAvx2) return avx2::make_kit<E, T>();
   }
 #endif
   if constexpr (!std::is_same_v<E, BFloat16>) return baseline::make_kit<E, T>();
   return {};
+}
+
+template <typename T>
+MergeKit<T> choose_merge_kit() {
+  [[maybe_unused]] const Set set = best_set();
+#if defined(__x86_64__)
+  if (set == kAvx512) return avx512::make_merge_kit<T>();
+  if (set == kAvx2) return avx2::make_merge_kit<T>();
+#endif
+  return baseline::make_merge_kit<T>();
 }
 
 }  // namespace
@@ -87,6 +111,14 @@ const Kit<E, T>& kit() {
   return chosen;
 }
 
+template <typename T>
+const MergeKit<T>& merge_kit() {
+  static const MergeKit<T> chosen = choose_merge_kit<T>();
+  return chosen;
+}
+
+template const MergeKit<float>& merge_kit();
+template const MergeKit<double>& merge_kit();
 template const Kit<float, float>& kit();
 template const Kit<double, double>& kit();
 template const Kit<BFloat16, float>& kit();

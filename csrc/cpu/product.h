@@ -196,6 +196,7 @@ FLORA_TARGET void fetch_lines(const Out& out, int64_t row, int64_t rows, int64_t
     for (int64_t j = 0; j < n; j += 64 / sizeof(D)) __builtin_prefetch(line + j, 1);
     __builtin_prefetch(line + n - 1, 1);
   }
+  asm volatile("");  // gcc takes a function that only prefetches for one without effect, and drops its calls
 }
 
 // Terms added one after another before the sum joins what came before: a longer chain of fp32 additions loses more than the

@@ -15,7 +15,10 @@ from torch import Tensor
 _LINEAR = ("lora_linear", "lora_linear_backward", "lora_add_")
 # Measured against torch's products with these instructions; without them they are not ahead, and run only when forced.
 _WIDE = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-OPERATORS = {**dict.fromkeys(_LINEAR, ("cpu",) if _WIDE else ()), "merge_": ("cpu",), "stack_": ("cpu",)}
+OPERATORS = {
+    **dict.fromkeys(_LINEAR, ("cpu",) if _WIDE else ()),
+    **dict.fromkeys(("merge_", "first_not_finite", "stack_"), ("cpu",)),
+}
 WHEN_FORCED = dict.fromkeys(_LINEAR, ("cpu",))
 
 _BUILD = (
@@ -121,17 +124,37 @@ def lora_add_(
     )
 
 
-def merge_(weight: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> None:
-    """weight += B diag(scale) A, in place.
+def merge_(
+    weights: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    counts: Sequence[int],
+    seeds: Sequence[int],
+) -> None:
+    """weights[l] += Σ over the clients of layer l of B diag(scale) A, in place, rounded as in reference.py.
 
     A tile of sums stays in registers over all ranks and meets the weight once: fp32 accumulation (fp64 for an fp64
-    weight, or one of at most 4096 elements), one rounding to nearest even, no dense product, the same bits for any
-    number of threads. Scratch: both factors in the accumulation type.
+    weight, or one of at most 4096 elements), one rounding, no dense product, no stack of the factors, the same bits for
+    any number of threads. Scratch: under 1 MB for each thread.
 
-    weight (out, in), A (r, in), B (out, r) in fp32, fp64, fp16 or bf16 each, any strides; scale (r,) fp32.
-    Raises RuntimeError if a shape, a dtype or a device does not fit. Does not bump the version counter of weight.
+    weights[l] (out, in); residuals: none, or one for each weight, of its shape; counts[l] clients with As (r, in),
+    Bs (out, r) in fp32, fp64, fp16 or bf16 each, any strides, and scales (r,) fp32; seeds: none (round to nearest even),
+    or one for each weight. Factors must not overlap what is written, nor weights and residuals each other.
+    Raises RuntimeError, before it writes, if a shape, a dtype or a device does not fit. Does not bump any version counter.
     """
-    torch.ops.flora_native.merge_.default(weight, A, B, scale)
+    if weights:
+        torch.ops.flora_native.merge_.default(weights, residuals, As, Bs, scales, counts, seeds)
+
+
+def first_not_finite(tensors: Sequence[Tensor]) -> int:
+    """The index of the first tensor that holds a NaN or an infinity; -1 if none does.
+
+    One read at the speed of memory. fp32, fp64, fp16 or bf16 each, any shape and strides.
+    Raises RuntimeError if a dtype or a device does not fit.
+    """
+    return torch.ops.flora_native.first_not_finite.default(tensors) if tensors else -1
 
 
 def stack_(

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-OPERATORS = dict.fromkeys(("lora_linear", "lora_linear_backward", "lora_add_", "merge_", "stack_"), ("*",))
+OPERATORS = dict.fromkeys(("lora_linear", "lora_linear_backward", "lora_add_", "merge_", "stack_", "first_not_finite"), ("*",))
 
 _SIGN = 1 << 31
 
@@ -162,17 +162,76 @@ def _one_backward(dy: Tensor, x: Tensor | None, h: Tensor, dx: Tensor, own: tupl
     return dA, dB
 
 
-def merge_(weight: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> None:
-    """W += B diag(scale) A, summed over all ranks in fp32 (fp64 for fp64 weights) and rounded once.
+def _draws(seed: int, rows: range, columns: int, device: torch.device) -> Tensor:
+    """32 random bits, as int32, for each element of these rows: a pure function of (seed, row, column)."""
+    low, high = _signed(seed & 0xFFFFFFFF), _signed(seed >> 32 & 0xFFFFFFFF)
+    row = torch.arange(rows.start, rows.stop, dtype=torch.int32, device=device) * _signed(0x9E3779B1)
+    column = torch.arange(columns, dtype=torch.int32, device=device) * _signed(0x9E3779B1)
+    return _mix32(column ^ (_mix32(row ^ low) ^ high)[:, None])
 
-    weight (N, K), any strides; A (R, K); B (N, R); scale (R,). Forms the product block of rows by block of rows, so the
-    scratch is bounded by 256 rows. The factors are copied first: they may be views of the weight.
+
+def round_to(value: Tensor, dtype: torch.dtype, draws: Tensor | None) -> Tensor:
+    """value in dtype: to nearest even, or, with draws, up or down with the odds that make the mean exact (16-bit dtypes).
+
+    Magnitudes grow by a random part of the last place that is kept, and the rest is cut off.
     """
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    A, B = A.to(dtype, copy=True), B.to(dtype) * scale.to(dtype)
-    for start in range(0, weight.shape[0], 256):
-        rows = slice(start, start + 256)
-        weight[rows] = torch.addmm(weight[rows].to(dtype), B[rows], A).to(weight.dtype)
+    if draws is None or dtype.itemsize > 2:
+        return value.to(dtype)
+    x = value.float()
+    bits = x.view(torch.int32)
+    if dtype == torch.bfloat16:
+        rounded = ((bits + (draws & 0xFFFF)) & -(1 << 16)).view(torch.float32)
+    else:
+        tiny = x.abs() * 2.0**24                                  # fp16 under 2⁻¹⁴ has a fixed last place of 2⁻²⁴
+        whole = tiny.floor()
+        tiny = (whole + (tiny - whole > _shift(draws, 8) * 2.0**-24)) * 2.0**-24
+        normal = ((bits + (draws & 0x1FFF)) & -(1 << 13)).view(torch.float32)
+        rounded = torch.where(x.abs() < 2.0**-14, tiny.copysign(x), normal)
+    return torch.where(x.isfinite(), rounded, x).to(dtype)
+
+
+def add_rounded_(weight: Tensor, residual: Tensor | None, update: Tensor, seed: int | None, first_row: int = 0) -> None:
+    """weight (+ residual) += update, rounded once; what rounding left goes into the residual. update: fp32 or fp64.
+
+    v = w + t, t = update + residual; the weight becomes v to nearest and the residual v - weight (by TwoSum, so nothing is
+    lost for an fp32 weight either); without a residual the seed rounds the weight, with one it rounds the residual.
+    """
+    rows = range(first_row, first_row + weight.shape[0])
+    draws = None if seed is None else _draws(seed, rows, weight.shape[1], weight.device)
+    w = weight.to(update.dtype)
+    if residual is None:
+        weight.copy_(round_to(w + update, weight.dtype, draws))
+        return
+    update = update + residual
+    rounded = (w + update).to(weight.dtype)
+    new = rounded.to(update.dtype)
+    moved = new - w
+    residual.copy_(round_to((w - (new - moved)) + (update - moved), residual.dtype, draws))
+    weight.copy_(rounded)
+
+
+def merge_(weights: Sequence[Tensor], residuals: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor],
+           scales: Sequence[Tensor], counts: Sequence[int], seeds: Sequence[int]) -> None:
+    """W_l += Σ_k B_lk diag(s_lk) A_lk, summed over all clients and ranks in fp32 (fp64 for fp64 weights) and rounded once.
+
+    weights[l] (N, K), any strides; counts[l] of the As (r, K), Bs (N, r), scales (r,) are layer l's, after those of the layer
+    before. residuals, seeds: empty, or one a layer (see add_rounded_). The scratch is bounded by 256 rows.
+    """
+    start = 0
+    for i, (weight, count) in enumerate(zip(weights, counts, strict=True)):
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        mine = slice(start, start + count)
+        factors = [(A.to(dtype), B.to(dtype) * scale.to(dtype))
+                   for A, B, scale in zip(As[mine], Bs[mine], scales[mine], strict=True)]
+        if not residuals and not any(A.shape[0] for A, _ in factors):
+            weight = weight[:0]                                     # nothing to add: not even -0 becomes 0
+        for first in range(0, weight.shape[0], 256):
+            rows = slice(first, first + 256)
+            update = weight.new_zeros(weight[rows].shape, dtype=dtype)
+            for A, B in factors:
+                update.addmm_(B[rows], A)
+            add_rounded_(weight[rows], residuals[i][rows] if residuals else None, update, seeds[i] if seeds else None, first)
+        start += count
 
 
 def stack_(out_A: Tensor, out_B: Tensor, out_scale: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor],
@@ -186,3 +245,11 @@ def stack_(out_A: Tensor, out_B: Tensor, out_scale: Tensor, As: Sequence[Tensor]
         stop = start + A.shape[0]
         out_A[start:stop], out_B[:, start:stop], out_scale[start:stop] = A, B, scale
         start = stop
+
+
+def first_not_finite(tensors: Sequence[Tensor]) -> int:
+    """The index of the first tensor that holds a NaN or an infinity; -1 where none does."""
+    if not tensors:
+        return -1
+    bad = torch.stack([~torch.isfinite(tensor).all() for tensor in tensors])
+    return int(bad.int().argmax()) if bool(bad.any()) else -1

@@ -1,0 +1,30 @@
+"""The operator library `flora`: an operator is defined once, so torch.compile sees it whole; inside, the device picks a backend."""
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from flora import kernels
+
+LIB = torch.library.Library("flora", "DEF")
+
+
+def implement(op: str, written: int = 0, before: Callable[..., tuple] | None = None) -> None:
+    """Registers an operator's body: `before` (checks of values; what it returns are the arguments), then the backend of the first
+    tensor's device and dtype, autocast off; versions of what is written in place (the first `written` arguments) rise."""
+    def body(*args):
+        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        kernel = kernels.resolve(op, first.device, first.dtype)
+        casts = torch.is_autocast_enabled(first.device.type)          # asking costs less than entering the block
+        with torch.autocast(first.device.type, enabled=False) if casts else nullcontext():
+            result = kernel(*(args if before is None else before(*args)))
+        for target in args[:written]:
+            torch.autograd.graph.increment_version(target)
+        return result
+    LIB.impl(op, body, "CompositeExplicitAutograd")
+
+
+def writes_only(op: str) -> None:
+    """The fake kernel of an operator that returns nothing."""
+    torch.library.register_fake(f"flora::{op}", lambda *args: None, lib=LIB)

@@ -1,0 +1,77 @@
+"""Where tensors lie: what in-place operators must know before they write."""
+from bisect import bisect_left
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from flora.checks import check
+
+
+def _interval(tensor: Tensor) -> tuple[int, int]:
+    """[first, behind last) byte address of its elements; strides of torch are never negative."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return start, start + (last + 1) * tensor.element_size()
+
+
+def _interleaved(one: Tensor, other: Tensor) -> bool:
+    """Whether two matrices lie in each other's gaps and share no byte: blocks of columns of one matrix, or of its transpose."""
+    if one.stride() != other.stride() or one.dim() != 2 or one.element_size() != other.element_size():
+        return False
+    wide, narrow = (0, 1) if one.stride(0) >= one.stride(1) else (1, 0)
+    step, near = one.stride(wide), one.stride(narrow)
+    inside = (other.data_ptr() - one.data_ptr()) // one.element_size() % max(1, step)
+    return one.shape[narrow] * near <= inside and inside + other.shape[narrow] * near <= step
+
+
+def check_apart(written: Sequence[Tensor], what: Sequence[str]) -> list[tuple[int, int]]:
+    """Raises AdapterError where two of the tensors share memory. Returns their intervals, sorted."""
+    spans = sorted((*_interval(t), i) for i, t in enumerate(written) if t.numel())
+    reach, owner = -1, -1
+    for start, stop, i in spans:
+        check(what[i], start >= reach or _interleaved(written[owner], written[i]) or _interleaved(written[i], written[owner]),
+              f"memory of its own, or a tied weight once; {what[owner]} lies there too", "the same memory twice")
+        if stop > reach:
+            reach, owner = stop, i
+    return [(start, stop) for start, stop, _ in spans]
+
+
+def apart_from(tensors: Sequence[Tensor], spans: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """The tensors, with copies of those that lie where something is written."""
+    if not spans:
+        return list(tensors)
+    starts, reach, furthest = [start for start, _ in spans], [], 0
+    for _, stop in spans:
+        furthest = max(furthest, stop)
+        reach.append(furthest)
+    out = []
+    for tensor in tensors:
+        if tensor.numel():
+            start, stop = _interval(tensor)
+            before = bisect_left(starts, stop)                  # those that begin before it ends
+            if before and reach[before - 1] > start:
+                tensor = tensor.clone()
+        out.append(tensor)
+    return out
+
+
+def check_memory_writable(written: Sequence[Tensor], what: Sequence[str]) -> None:
+    """Raises AdapterError for CPU memory that is mapped read-only, which to write to would end the process (Linux; elsewhere
+    nothing is known)."""
+    maps = Path("/proc/self/maps")
+    tensors = [(t, name) for t, name in zip(written, what, strict=True) if t.is_cpu and t.numel()]
+    if not tensors or not maps.exists():
+        return
+    fixed = []
+    for line in maps.read_text().splitlines():
+        span, rights = line.split(" ", 2)[:2]
+        if rights[1] != "w":
+            start, stop = span.split("-")
+            fixed.append((int(start, 16), int(stop, 16)))
+    starts = [start for start, _ in fixed]
+    for tensor, name in tensors:
+        start, stop = _interval(tensor)
+        before = bisect_left(starts, stop)
+        check(name, not before or fixed[before - 1][1] <= start, "memory that can be written",
+              "a tensor in a read-only mapping: clone it first, or keep the update beside the base (merge_into: adapter)")
