@@ -166,6 +166,22 @@ def truncate(a: Adapter, rank: int) -> Adapter:
     return Adapter(a.A[:rank], a.B[:, :rank], a.scale[:rank])
 
 
+def _check_bounds(rank: int | None, tol: float | None) -> None:
+    if rank is not None and rank < 1:
+        raise AdapterError(f"expected a rank of at least 1; got {rank}")
+    if tol is not None and not 0.0 <= tol < 1.0:
+        raise AdapterError(f"expected a tolerance in [0, 1); got {tol}")
+
+
+def _kept(sigma: Tensor, rank: int | None, tol: float | None) -> int:
+    """How many of these falling singular values are kept."""
+    keep = len(sigma) if rank is None else min(rank, len(sigma))
+    if tol is not None:
+        tail = sigma.square().flip(0).cumsum(0).flip(0)         # tail[r]: what is lost when r ranks are kept
+        keep = min(keep, max(1, int((tail > tol * tol * tail[0]).sum())))
+    return keep
+
+
 def compress(a: Adapter, rank: int | None = None, tol: float | None = None) -> Adapter:
     """The best approximation of ΔW at a smaller rank: QR of the factors, SVD of the (R, R) core, never anything dense.
 
@@ -173,21 +189,42 @@ def compress(a: Adapter, rank: int | None = None, tol: float | None = None) -> A
     Returns balanced factors (‖A_i‖ = ‖B_i‖ = √σ_i, σ falling), scale ones, in a's dtypes. Computed in fp64.
     Raises AdapterError for a rank under 1 or a tol outside [0, 1). Reference: Eckart-Young; FLoRIST, arXiv 2506.09199.
     """
-    if rank is not None and rank < 1:
-        raise AdapterError(f"expected a rank of at least 1; got {rank}")
-    if tol is not None and not 0.0 <= tol < 1.0:
-        raise AdapterError(f"expected a tolerance in [0, 1); got {tol}")
+    _check_bounds(rank, tol)
     Q_B, R_B = torch.linalg.qr(a.B.detach().double() * a.scale.double())
     Q_A, R_A = torch.linalg.qr(a.A.detach().double().T)
     U, sigma, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
-    keep = len(sigma) if rank is None else min(rank, len(sigma))
-    if tol is not None:
-        tail = sigma.square().flip(0).cumsum(0).flip(0)         # tail[r]: what is lost when r ranks are kept
-        keep = min(keep, max(1, int((tail > tol * tol * tail[0]).sum())))
+    keep = _kept(sigma, rank, tol)
     root = sigma[:keep].sqrt()
     A = root[:, None] * (Vh[:keep] @ Q_A.T)
     B = (Q_B @ U[:, :keep]) * root
     return Adapter(A.to(a.A.dtype), B.to(a.B.dtype), a.scale.new_ones(keep))
+
+
+def of_dense(delta: Tensor, rank: int | None = None, tol: float | None = None) -> tuple[Adapter, float]:
+    """The best adapter of a dense sum (a streaming server's; out, in) at this rank or relative error, as compress gives it, and
+    its relative error in the Frobenius norm. With a rank alone by a seeded randomised SVD. Raises AdapterError as compress does."""
+    _check_bounds(rank, tol)
+    full = min(delta.shape)
+    if rank is not None and tol is None and rank + 8 < full // 2:
+        devices = [delta.device] if delta.is_cuda else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            U, sigma, V = torch.svd_lowrank(delta.float(), rank + 8, niter=4)
+        Vh = V.T
+    else:
+        U, sigma, Vh = torch.linalg.svd(delta.float(), full_matrices=False)
+    keep = _kept(sigma.double(), rank, tol)
+    root = sigma[:keep].sqrt()
+    adapter = Adapter(root[:, None] * Vh[:keep], U[:, :keep] * root, torch.ones(keep, device=delta.device))
+    size, lost = float(delta.norm()), float(torch.addmm(delta.float(), adapter.B, adapter.A, alpha=-1).norm())
+    return adapter, lost / size if size else 0.0
+
+
+def norm(a: Adapter) -> float:
+    """‖ΔW‖_F in fp64, from the R factors of B · scale and Aᵀ."""
+    R_B = torch.linalg.qr(a.B.detach().double() * a.scale.double(), mode="r").R
+    R_A = torch.linalg.qr(a.A.detach().double().T, mode="r").R
+    return float((R_B @ R_A.T).norm())
 
 
 def rescale(a: Adapter, scale: float) -> Adapter:

@@ -5,6 +5,7 @@
     rounds/NUMBER/clients/NAME, .../aggregate   adapters in PEFT's format, of the last keep_rounds rounds
     checkpoint/NUMBER                           what resume needs; only while the run is unfinished
     model/                                      the merged model and its tokenizer, when the run is finished
+    adapter/                                    in its place, where updates stay beside the base (merge_into: adapter)
 
 A folder appears under its name only when it is whole, so an interrupted or failed write loses that write and nothing else.
 """
@@ -17,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import safetensors.torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from flora.adapter import Adapters
 from flora.data.fetch import no_progress_bars
@@ -25,6 +28,7 @@ from flora.errors import RunError
 from flora.files import safe_name, staged, write_text
 from flora.formats import save_peft
 from flora.messages import Broadcast, Update, decode, encode
+from flora.nn import accumulated, residuals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,12 +39,14 @@ STATES = ("running", "interrupted", "failed", "finished")
 
 @dataclass(frozen=True)
 class Resumed:
-    """Where a run goes on: the next round, the broadcast that is due, the base that it stands on (None: the original), and
-    what stayed at home, by client."""
+    """Where a run goes on: the next round, the broadcast that is due, the base that it stands on (None: the original), what stayed
+    at home, by client, and by layer what the base's merges left (residuals) or what is kept beside it."""
     number: int
     broadcast: Broadcast
     base: Path | None
     home: dict[str, Adapters]
+    residuals: dict[str, Tensor]
+    beside: Adapters
 
 
 def _save_pretrained(model: "PreTrainedModel", folder: Path) -> None:
@@ -135,6 +141,10 @@ class RunFolder:
                 (folder / f"home-{i:06}.safetensors").write_bytes(encode(Update(adapters, 1, client=client)))
             if merged:
                 _save_pretrained(model, folder / "base")
+            if residuals(model):
+                safetensors.torch.save_file(residuals(model), folder / "residuals.safetensors")
+            if beside := accumulated(model):
+                (folder / "beside.safetensors").write_bytes(encode(Broadcast(merge=beside)))
         for old in (self.path / "checkpoint").iterdir():
             if old.name != str(number):
                 shutil.rmtree(old, ignore_errors=True)
@@ -148,10 +158,19 @@ class RunFolder:
         broadcast = decode((folder / "broadcast.safetensors").read_bytes())
         home = [decode(file.read_bytes()) for file in sorted(folder.glob("home-*.safetensors"))]
         base = folder / "base"
-        return Resumed(int(folder.name), broadcast, base if base.exists() else None, {u.client: u.adapters for u in home})
+        rest, beside = folder / "residuals.safetensors", folder / "beside.safetensors"
+        return Resumed(int(folder.name), broadcast, base if base.exists() else None, {u.client: u.adapters for u in home},
+                       safetensors.torch.load_file(rest) if rest.exists() else {},
+                       decode(beside.read_bytes()).merge if beside.exists() else {})
 
-    def save_model(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Writes the merged model and its tokenizer."""
-        with disk_errors(self.path), staged(self.path / "model") as folder:
-            _save_pretrained(model, folder)
-            tokenizer.save_pretrained(folder)
+    def save_model(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", base_model: str) -> Path:
+        """Writes the result and returns where: model/, merged, with its tokenizer; or adapter/ in PEFT's format, where the base was
+        not written to."""
+        beside = accumulated(model)
+        with disk_errors(self.path), staged(self.path / ("adapter" if beside else "model")) as folder:
+            if beside:
+                save_peft(beside, folder, base_model)
+            else:
+                _save_pretrained(model, folder)
+                tokenizer.save_pretrained(folder)
+        return self.path / ("adapter" if beside else "model")

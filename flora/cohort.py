@@ -21,12 +21,13 @@ from flora import ops
 from flora.adapter import Adapter, Adapters, all_layers, fresh_adapters, stack, truncate
 from flora.client import LocalClient, TrainConfig, learning_rate_factor
 from flora.data.batches import collate, num_label_tokens, steps_per_epoch, training_steps
-from flora.errors import ConfigError, DataError, RunError, TrainingError
+from flora.errors import ConfigError, DataError, TrainingError
 from flora.evaluate import completion_loss, device_of
 from flora.layer import LoRALinear
 from flora.messages import Broadcast, Update
-from flora.nn import applied, merge, target_shapes
+from flora.nn import applied, target_shapes
 from flora.seeds import derive
+from flora.versions import MergeConfig, bring_to
 
 log = logging.getLogger(__name__)
 
@@ -34,54 +35,25 @@ Rows = Sequence[Mapping[str, Sequence[int]]]
 OnStep = Callable[[str, int, int, float], None]
 
 
-def bring_to(model: nn.Module, broadcast: Broadcast) -> bool:
-    """Brings the model's base to the broadcast's version: merges once per run and version. Returns whether it merged.
-
-    The version is kept on the model object, so however many cohorts share it, the base changes once.
-    Raises RunError where versions between were missed, or the base is already past this one.
-    """
-    versions: dict[str, tuple[int, bool]] = model.__dict__.setdefault("_flora_versions", {})
-    have, merged = versions.get(broadcast.run, (0, False))
-    if broadcast.version < have and (broadcast.run or broadcast.merge is not None):
-        raise RunError(f"the base of this model is at version {have} of run {broadcast.run!r}; got a broadcast of version "
-                       f"{broadcast.version}. Give another run its own name (Broadcast.run), or a model of its own.")
-    if broadcast.merge is None:
-        versions[broadcast.run] = (max(have, broadcast.version), merged and broadcast.version <= have)
-        return False
-    if broadcast.version == have and merged:
-        return False
-    if broadcast.version > have + 1:
-        raise RunError(f"the base of this model is at version {have} of run {broadcast.run!r}; got a broadcast of version "
-                       f"{broadcast.version}. The merges between are missing: apply those broadcasts first, or load a later base.")
-    merge(model, broadcast.merge)
-    versions[broadcast.run] = (broadcast.version, True)
-    model._flora_merged = True
-    return True
-
-
-def resume_at(model: nn.Module, run: str, version: int, merged: bool) -> None:
-    """Says of a model that was loaded from a checkpoint which version of a run it is, and whether merges changed its base."""
-    model._flora_versions = {run: (version, True)}
-    model._flora_merged = merged
-
-
 class Cohort:
     """Clients that share one frozen base.
 
     model: a causal LM (input_ids, attention_mask -> .logits); targets: which modules carry adapters, as in flora.attach;
-    max_tokens_per_batch: tokens that one pass may hold ("auto": a client's own batch). Clients need names of their own.
+    max_tokens_per_batch: tokens that one pass may hold ("auto": a client's own batch). merge_config: how a broadcast's merge
+    reaches the base. Clients need names of their own.
     After fit, failures says which clients gave no update, and why. Raises ConfigError, TargetError.
     """
 
     def __init__(self, model: nn.Module, clients: Sequence[LocalClient], train_config: TrainConfig,
-                 targets: str | Sequence[str] = "all-linear", max_tokens_per_batch: int | Literal["auto"] = "auto"):
+                 targets: str | Sequence[str] = "all-linear", max_tokens_per_batch: int | Literal["auto"] = "auto",
+                 merge_config: MergeConfig | None = None):
         names = [client.name for client in clients]
         if len(set(names)) != len(names):
             raise ConfigError(f"expected clients with different names; got {names}")
         if max_tokens_per_batch != "auto" and max_tokens_per_batch < 1:
             raise ConfigError(f'max_tokens_per_batch: expected "auto" or at least 1; got {max_tokens_per_batch}')
         self.model, self.clients, self.train_config, self.targets = model, list(clients), train_config, targets
-        self.max_tokens_per_batch = max_tokens_per_batch
+        self.max_tokens_per_batch, self.merge_config = max_tokens_per_batch, merge_config
         self.shapes = target_shapes(model, targets)
         self.failures: dict[str, str] = {}
 
@@ -93,7 +65,7 @@ class Cohort:
         loss) is called after each step. Order of clients kept; a client whose loss is not finite, or that has no labelled token,
         is left out and named in failures. No adapter stays attached. Raises RunError for a base of another version.
         """
-        bring_to(self.model, broadcast)
+        bring_to(self.model, broadcast, self.merge_config)
         per_client = [frozen] * len(self.clients) if frozen is None or isinstance(frozen, Mapping) else list(frozen)
         if len(per_client) != len(self.clients):
             raise ConfigError(f"frozen: expected one entry a client ({len(self.clients)}); got {len(per_client)}")

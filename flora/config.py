@@ -100,6 +100,16 @@ class RunConfig(_Strict):
     """The run folder."""
     overwrite: bool = False
     """Replace a run that output_dir holds."""
+    merge_into: Literal["base", "adapter"] = "base"
+    """Where updates go: into the base weights, or into an adapter beside them (4-bit, 8-bit or shared weights)."""
+    merge_rounding: Literal["nearest", "stochastic"] = "nearest"
+    """How a merge rounds 16-bit weights; stochastic is right on average, seeded."""
+    merge_residual: bool = False
+    """Keep what rounding left of 16-bit weights in a bf16 tensor beside each: no drift over hundreds of rounds."""
+    merge_rank: PositiveInt | None = None
+    """merge_into adapter: compress what is kept to so many ranks (default: the smaller side of the weight)."""
+    merge_tol: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """merge_into adapter: compress what is kept to this relative error."""
     keep_rounds: NotNegative = 1
     """Keep the adapters of so many of the last rounds."""
     quiet: bool = False
@@ -112,6 +122,10 @@ class RunConfig(_Strict):
             raise ValueError(f"partition: expected one of by, iid, dirichlet_alpha, shards; got {', '.join(rules)}")
         if self.max_steps is not None and self.num_train_epochs is not None:
             raise ValueError("expected max_steps or num_train_epochs; got both. Leave one out")
+        if self.merge_into == "adapter" and (self.merge_residual or self.merge_rounding != "nearest"):
+            raise ValueError("merge_into adapter rounds no weight: leave out merge_residual and merge_rounding")
+        if self.merge_into == "base" and (self.merge_rank is not None or self.merge_tol):
+            raise ValueError("merge_rank and merge_tol compress what merge_into: adapter keeps; add it, or leave them out")
         for name in ("lora_r", "lora_alpha"):
             value = getattr(self, name)
             if isinstance(value, list) and len(value) not in (1, self.num_clients):

@@ -43,6 +43,8 @@ def is_opaque(module: nn.Module) -> bool:
     """A linear module whose weight is no plain floating-point matrix (4-bit, 8-bit, FP8, packed): it says in_features and
     out_features, and has no submodules. Its product is its own; nothing can be merged into it."""
     sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    if isinstance(module, Accumulated):
+        return True
     if not all(isinstance(size, int) for size in sizes) or isinstance(module, LoRALinear) or len(module._modules):
         return False
     weight = getattr(module, "weight", None)
@@ -58,6 +60,43 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
 def matrix(module: nn.Module) -> Tensor:
     """The weight as (out, in): a transposed view for Conv1D, so that writing to it writes to the parameter."""
     return module.weight.T if _is_conv1d(module) else module.weight
+
+
+class Accumulated(nn.Module):
+    """y = base(x) + (x Aᵀ · scale) Bᵀ: a base that is not written to, with the update it has had kept beside it.
+
+    base: any linear module, quantised or not; A, B, scale are buffers that do not train. An adapter attaches to it as to any
+    quantised linear.
+    """
+
+    def __init__(self, base: nn.Module, adapter: Adapter):
+        super().__init__()
+        self.base = base
+        self.out_features, self.in_features = shape_of(base)
+        for name in ("A", "B", "scale"):
+            self.register_buffer(name, getattr(adapter, name).detach().clone())
+
+    @property
+    def weight(self) -> Tensor | None:
+        return getattr(self.base, "weight", None)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.base, "bias", None)
+
+    @property
+    def adapter(self) -> Adapter:
+        """What is kept: the whole update."""
+        return Adapter(self.A, self.B, self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.lora_add_(self.base(x), x, self.A, self.B, self.scale)
+
+    def _apply(self, fn, recurse: bool = True):
+        scale = self.scale
+        super()._apply(fn, recurse)
+        self.scale = scale.to(self.scale.device)
+        return self
 
 
 class LoRALinear(nn.Module):

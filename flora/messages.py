@@ -45,12 +45,16 @@ class Broadcast:
 
     merge: adapters to write into the base, once per run and version; start: where training continues (None: every client
     draws a fresh adapter); train: which factors train, "AB", "A" or "B"; version counts the base's states within a run.
+    since: the version that merge adds to (None: version - 1; less for a client that missed rounds); base: weights (out, in) of
+    this version by layer, which take the place of the model's: where they are fewer bytes than what was missed.
     """
     merge: Adapters | None = None
     start: Adapters | None = None
     version: int = 0
     train: Literal["AB", "A", "B"] = "AB"
     run: str = ""
+    since: int | None = None
+    base: Mapping[str, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,8 @@ def _fields(message: Update | Broadcast) -> dict[str, object]:
     if isinstance(message, Update):
         return {"kind": "update", "num_examples": int(message.num_examples), "base_version": int(message.base_version),
                 "metrics": {name: float(value) for name, value in message.metrics.items()}, "client": message.client}
-    return {"kind": "broadcast", "version": int(message.version), "train": message.train, "run": message.run}
+    return {"kind": "broadcast", "version": int(message.version), "train": message.train, "run": message.run,
+            "since": message.since, "base": None if message.base is None else list(message.base)}
 
 
 def encode(message: Update | Broadcast) -> bytes:
@@ -86,6 +91,8 @@ def encode(message: Update | Broadcast) -> bytes:
     parts = {part: adapters for part, adapters in _parts(message).items() if adapters is not None}
     tensors = {f"{part}/{layer}/{factor}": getattr(adapter, factor).detach().cpu().clone(memory_format=torch.contiguous_format)
                for part, adapters in parts.items() for layer, adapter in adapters.items() for factor in _FACTORS}
+    dense = getattr(message, "base", None) or {}
+    tensors |= {f"base/{layer}": w.detach().cpu().clone(memory_format=torch.contiguous_format) for layer, w in dense.items()}
     raw = safetensors.torch.save(tensors)
     size = struct.unpack("<Q", raw[:8])[0]
     table, data = json.loads(raw[8:8 + size]), memoryview(raw)[8 + size:]
@@ -151,6 +158,7 @@ def _decode(data: bytes, expected: Mapping[str, tuple[int, int]] | None, limits:
     _require(fields["kind"] in ("update", "broadcast"), "an update or a broadcast", fields["kind"])
     tensors = safetensors.torch.load(bytes(data))
     parts = {part: _adapters(part, layers, tensors, expected, limits) for part, layers in fields["parts"].items()}
+    base = _weights(fields, tensors, expected)
     _require(not tensors, "only tensors of the layers listed", sorted(tensors)[:3])
     known = {"adapters"} if fields["kind"] == "update" else {"merge", "start"}
     _require(set(parts) <= known, f"no parts but {', '.join(sorted(known))}", sorted(parts))
@@ -158,8 +166,26 @@ def _decode(data: bytes, expected: Mapping[str, tuple[int, int]] | None, limits:
         return Update(parts["adapters"], _count(fields, "num_examples", 1, limits.max_examples), _metrics(fields["metrics"]),
                       _count(fields, "base_version", 0, 1 << 62), _text(fields, "client"))
     _require(fields["train"] in ("AB", "A", "B"), 'train out of "AB", "A", "B"', fields["train"])
+    since = None if fields["since"] is None else _count(fields, "since", 0, 1 << 62)
     return Broadcast(parts.get("merge"), parts.get("start"), _count(fields, "version", 0, 1 << 62), fields["train"],
-                     _text(fields, "run"))
+                     _text(fields, "run"), since, base)
+
+
+def _weights(fields: Mapping[str, object], tensors: dict[str, torch.Tensor],
+             expected: Mapping[str, tuple[int, int]] | None) -> dict[str, torch.Tensor] | None:
+    """The dense weights of a broadcast, taken out of tensors."""
+    if fields.get("base") is None:
+        return None
+    out = {}
+    for layer in fields["base"]:
+        weight = out[layer] = tensors.pop(f"base/{layer}")
+        _require(weight.is_floating_point() and weight.dim() == 2 and bool(torch.isfinite(weight).all()),
+                 f"{layer}: a weight (out, in) of finite floating-point numbers", f"{weight.dtype} {tuple(weight.shape)}")
+        if expected is not None:
+            _require(layer in expected, f"layers of this model ({len(expected)} of them)", layer)
+            _require(tuple(weight.shape) == tuple(expected[layer]), f"{layer}: (out, in) = {tuple(expected[layer])}",
+                     tuple(weight.shape))
+    return out
 
 
 def _adapters(part: str, layers: list[str], tensors: dict[str, torch.Tensor], expected: Mapping[str, tuple[int, int]] | None,

@@ -1,93 +1,24 @@
-"""The verbs on a model: attach, adapters, load_adapters, merge, detach; which of its modules can carry an adapter."""
+"""The verbs on a model: attach, adapters, load_adapters, merge, accumulate, detach."""
 import contextlib
-import re
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from flora import ops
-from flora.adapter import Adapter, Adapters
-from flora.errors import TargetError
-from flora.layer import LoRALinear, Routing, SharedInput, is_linear, is_opaque, matrix, shape_of
+from flora.adapter import Adapter, Adapters, compress, norm, stack
+from flora.errors import AdapterError, TargetError
+from flora.layer import Accumulated, LoRALinear, Routing, SharedInput, is_opaque, matrix
+from flora.seeds import derive
+from flora.targets import bases_of, check_shape, linear_modules, lora_layers, refuse_tied, replace, target_shapes
+
+__all__ = ["attach", "adapters", "load_adapters", "merge", "accumulate", "accumulated", "weights", "load_weights", "residuals",
+           "detach", "applied", "lora_layers", "target_shapes"]
 
 # Names under which architectures keep linear layers that read the same tensor.
 READ_THE_SAME = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"),
                  ("wq", "wk", "wv"), ("w1", "w3"))
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The attached layers by qualified name, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-
-
-def _linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module that could carry an adapter, or does, by the qualified name that it has without one."""
-    carried = {layer.base: name for name, layer in lora_layers(model).items()}
-    return {carried.get(m, name): m for name, m in model.named_modules() if is_linear(m) or is_opaque(m)}
-
-
-def _heads(model: nn.Module) -> list[nn.Module]:
-    """The output embedding and the classification heads: what "all-linear" leaves out, as PEFT does."""
-    get = getattr(model, "get_output_embeddings", None)
-    heads = [get()] if callable(get) else []
-    return heads + [m for n, m in model.named_modules() if n in ("score", "classifier") and callable(get)]
-
-
-def _layer_index(name: str) -> int | None:
-    return int(found[1]) if (found := re.search(r"(?:^|\.)(\d+)\.", name)) else None
-
-
-def target_shapes(model: nn.Module, targets: str | Sequence[str] = "all-linear",
-                  layers: Sequence[int] | None = None) -> dict[str, tuple[int, int]]:
-    """(out, in) of every layer that attach would give an adapter, by qualified name.
-
-    targets: "all-linear", or module names or their last parts ("q_proj"); layers: only blocks with these indices.
-    Raises TargetError where nothing, or one of the names, matches; it lists what exists.
-    """
-    linears = _linears(model)
-    exist = ", ".join(sorted({name.split(".")[-1] for name in linears})) or "none"
-    if targets == "all-linear":
-        heads = _heads(model)
-        chosen = {name: m for name, m in linears.items() if not any(m is head for head in heads)}
-    else:
-        wanted = (targets,) if isinstance(targets, str) else tuple(targets)
-        for target in wanted:
-            if not any(name == target or name.endswith("." + target) for name in linears):
-                raise TargetError(f"no linear module is named {target!r}; this model has: {exist}. Name some of these, or "
-                                  'use "all-linear".')
-        chosen = {name: m for name, m in linears.items() if any(name == t or name.endswith("." + t) for t in wanted)}
-    if layers is not None:
-        chosen = {name: m for name, m in chosen.items() if _layer_index(name) in set(layers)}
-    if not chosen:
-        raise TargetError(f"expected at least one layer for targets={targets!r}, layers={layers}; found none. "
-                          f"Linear modules of this model: {exist}; blocks: "
-                          f"{sorted({i for n in linears if (i := _layer_index(n)) is not None})}.")
-    _refuse_tied(model, chosen)
-    return {name: shape_of(module) for name, module in chosen.items()}
-
-
-def _refuse_tied(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
-    """Raises TargetError where a chosen module shares its weight with another module: a merge into one would change both."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(name)
-    for name, module in chosen.items():
-        others = [n for n in owners.get(id(getattr(module, "weight", None)), ()) if n not in (name, f"{name}.base")]
-        if others:
-            raise TargetError(f"{name} shares its weight with {', '.join(others)}: an adapter merged into one would change "
-                              "both. Leave it out of targets, or untie the weights first (give one a copy, and set "
-                              "config.tie_word_embeddings = False).")
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts new where old is, under every parent: a shared module has several."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is old and parent is not new:
-                parent._modules[name] = new
 
 
 def attach(model: nn.Module, rank: int = 16, alpha: float = 32, targets: str | Sequence[str] = "all-linear",
@@ -118,7 +49,7 @@ def _wrap(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
     for name, layer in layers.items():
         layer.name, layer.routing = name, routing
         layer.train(layer.base.training)
-        _replace(model, layer.base, layer)
+        replace(model, layer.base, layer)
     for parent in model.modules():
         for names in READ_THE_SAME:
             found = dict.fromkeys(parent._modules.get(name) for name in names)
@@ -136,7 +67,7 @@ def applied(model: nn.Module, adapters: Adapters, dropout: float = 0.0) -> Itera
     if lora_layers(model):
         raise TargetError("adapters are attached to this model already. Call flora.detach(model) first.")
     layers = {}
-    for name, base in _bases(model, adapters).items():
+    for name, base in bases_of(model, adapters).items():
         layers[name] = LoRALinear(base, adapters[name].rank, dropout=dropout)
         layers[name].load(adapters[name])
     try:
@@ -151,7 +82,7 @@ def detach(model: nn.Module) -> nn.Module:
     for layer in lora_layers(model).values():
         if layer.shared is not None:
             layer.shared.part()
-        _replace(model, layer, layer.base)
+        replace(model, layer, layer.base)
     for parameter in model.__dict__.pop("_flora_required_grad", []):
         parameter.requires_grad_(True)
     return model
@@ -175,44 +106,153 @@ def load_adapters(model: nn.Module, adapters: Adapters) -> nn.Module:
         raise TargetError(f"expected adapters for the {len(layers)} attached layers; got {len(adapters)}. Without an adapter: "
                           f"{sorted(set(layers) - set(adapters))[:5]}; not attached: {sorted(set(adapters) - set(layers))[:5]}.")
     for name, layer in layers.items():
-        _check_shape(name, adapters[name], (layer.out_features, layer.in_features))
+        check_shape(name, adapters[name], (layer.out_features, layer.in_features))
     for name, layer in layers.items():
         layer.load(adapters[name])
     return model
 
 
-def _check_shape(name: str, adapter: Adapter, shape: tuple[int, int]) -> None:
-    if adapter.shape != shape:
-        raise TargetError(f"{name}: expected an adapter for (out, in) = {shape}; got {adapter.shape}, of another model")
+def merge(model: nn.Module, adapters: Adapters | Sequence[Adapters], *, rounding: ops.Rounding = "nearest", residual: bool = False,
+          seed: int | None = None) -> nn.Module:
+    """W += Σ_k B_k diag(scale_k) A_k for every layer named, in place, one pass over each weight. Attached adapters stay.
 
-
-def _bases(model: nn.Module, adapters: Adapters) -> dict[str, nn.Module]:
-    """The linear module of every adapter, checked: it exists, fits, and shares its weight with no other module."""
-    linears, bases = _linears(model), {}
-    for name, adapter in adapters.items():
-        base = bases[name] = linears.get(name)
-        if base is None:
-            raise TargetError(f"expected a linear module named {name!r} in the model; got none. Was the adapter made for another "
-                              "model?")
-        _check_shape(name, adapter, shape_of(base))
-    _refuse_tied(model, bases)
-    return bases
-
-
-def merge(model: nn.Module, adapters: Adapters) -> nn.Module:
-    """W += B diag(scale) A for every layer named, in place, one pass over each weight. Adapters attached stay as they are.
-
-    Checks every name and shape before it writes one weight, so a refused merge leaves the model as it was.
-    Raises TargetError for a layer that does not exist, does not fit, is quantised, or shares its weight with another module.
+    adapters: of one party, or a sequence of them (weighted: `adapter * p`), which are summed without being concatenated.
+    rounding, seed: as ops.merge_many_; every layer draws from (seed, its name). residual: keep what rounding left of 16-bit
+    weights in a bf16 tensor beside each (residuals(model)), so that hundreds of merges do not drift.
+    All or nothing. Raises TargetError for a layer that does not exist, does not fit, is quantised, or shares its weight with
+    another module; AdapterError for NaN or infinity in an adapter.
     """
-    bases = _bases(model, adapters)
+    parties = [adapters] if isinstance(adapters, Mapping) else list(adapters)
+    bases: dict[str, nn.Module] = {}
+    for party in parties:
+        bases |= bases_of(model, party)
+    parts = {name: [party[name] for party in parties if name in party] for name in bases}
+    groups = list(_groups(model, bases, residual))
+    for name in bases if len(groups) > 1 else ():                       # one call of the operator checks its own adapters alone
+        _refuse_not_finite(name, parts[name])
+    for names, own, rest in groups:
+        there = [[a.to(weight.device) for a in parts[name]] for name, weight in zip(names, own, strict=True)]
+        factors = [[[getattr(a, factor) for a in layer] for layer in there] for factor in ("A", "B", "scale")]
+        ops.merge_many_(own, *factors, residuals=rest, rounding=rounding, seed=_seeds(seed, names))
+        residuals(model).update(zip(names, rest or [], strict=bool(rest)))
+    return model
+
+
+def add_dense(model: nn.Module, updates: Mapping[str, torch.Tensor], *, rounding: ops.Rounding = "nearest",
+              residual: bool = False, seed: int | None = None) -> nn.Module:
+    """W += ΔW for dense fp32 sums (out, in) by layer: how a streamed round is committed. Options and errors as merge."""
+    linears = linear_modules(model)
+    weights(model, list(updates))                                       # the errors of merge
+    for names, own, rest in _groups(model, {name: linears[name] for name in updates}, residual):
+        ops.add_many_(own, [updates[name].to(w.device) for name, w in zip(names, own, strict=True)], residuals=rest,
+                      rounding=rounding, seed=_seeds(seed, names))
+        residuals(model).update(zip(names, rest or [], strict=bool(rest)))
+    return model
+
+
+def _groups(model: nn.Module, bases: Mapping[str, nn.Module],
+            residual: bool) -> Iterator[tuple[list[str], list[torch.Tensor], list[torch.Tensor] | None]]:
+    """What one call of an operator can write: layers of one device, all with residuals (16-bit weights, if wanted) or none.
+
+    Gives (names, weights, residuals or None). Raises TargetError for a weight that is no plain matrix."""
+    found: dict[tuple[torch.device, bool], list[str]] = {}
     for name, base in bases.items():
-        if is_opaque(base):
-            raise TargetError(f"{name}: expected a weight in floating point to merge into; got a {type(base).__name__}, whose own "
-                              "is packed. Keep the adapter attached, or load the model in floating point.")
+        _refuse_opaque(name, base)
+        weight = matrix(base)
+        found.setdefault((weight.device, residual and weight.itemsize == 2), []).append(name)
+    held = residuals(model)
+    for (_, kept), names in found.items():
+        own = [matrix(bases[name]).detach() for name in names]
+        yield names, own, [_residual(held.get(name), w) for name, w in zip(names, own, strict=True)] if kept else None
+
+
+def _seeds(seed: int | None, names: Sequence[str]) -> list[int] | None:
+    return None if seed is None else [derive(seed, name) for name in names]
+
+
+def _refuse_opaque(name: str, base: nn.Module) -> None:
+    if is_opaque(base):
+        raise TargetError(f"{name}: expected a weight in floating point to write to; got a {type(base).__name__}, whose own is not."
+                          " Keep the update beside it (flora.nn.accumulate; in a config, merge_into: adapter), or load the model "
+                          "in floating point.")
+
+
+def _refuse_not_finite(name: str, adapters: Sequence[Adapter]) -> None:
+    if not all(bool(torch.isfinite(t).all()) for a in adapters for t in (a.A, a.B, a.scale)):
+        raise AdapterError(f"{name}: expected finite numbers; got NaN or infinity; nothing was merged. Leave the adapter out.")
+
+
+def _residual(held: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+    """The residual of a weight, of zeros where it has none yet; it follows the weight to its device."""
+    if held is None:
+        return torch.zeros(weight.shape, dtype=torch.bfloat16, device=weight.device)
+    return held.to(weight.device)
+
+
+def residuals(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What rounding left of merged weights, by layer name: bf16 (out, in); the base is weight + residual. Empty where no merge
+    kept one. The dict is the model's own: a checkpoint saves it and puts it back."""
+    return model.__dict__.setdefault("_flora_residuals", {})
+
+
+def accumulate(model: nn.Module, adapters: Adapters, rank: int | None = None, tol: float = 0.0) -> dict[str, float]:
+    """Adds an update beside the base instead of into it: for weights in 4 or 8 bits, or shared with others.
+
+    The layer becomes an Accumulated, which holds the sum of all updates so far as one adapter and gives it to every forward
+    pass. Where that sum outgrows `rank`, or min(out, in), or tol > 0, it is compressed. Returns, by layer, the relative error
+    ‖ΔW - kept‖ / ‖ΔW‖ of this compression (0 where there was none). Checks all before it changes a layer.
+    Raises TargetError for a layer that does not exist or fit, or while adapters are attached; AdapterError for NaN or infinity.
+    """
+    if lora_layers(model):
+        raise TargetError("expected a model without attached adapters; call flora.detach(model) first.")
+    bases, errors = bases_of(model, adapters), {}
+    kept = {}
+    for name, base in bases.items():
+        _refuse_not_finite(name, [adapters[name]])
+        sums = [base.adapter, adapters[name].to(base.A.device, base.A.dtype)] if isinstance(base, Accumulated) else [adapters[name]]
+        whole = stack(sums)
+        bound = min(*whole.shape, rank or whole.rank)
+        kept[name] = compress(whole, bound, tol) if whole.rank > bound or tol > 0 else whole
+        size = norm(whole) if kept[name] is not whole else 0.0
+        errors[name] = norm(stack([whole, kept[name] * -1])) / size if size else 0.0
+    for name, base in bases.items():
+        inner = base.base if isinstance(base, Accumulated) else base
+        device = next(itertools.chain(inner.parameters(), inner.buffers())).device
+        replace(model, base, Accumulated(inner, kept[name].to(device)))
+    return errors
+
+
+def accumulated(model: nn.Module) -> dict[str, Adapter]:
+    """The updates kept beside the base so far, by layer name; empty where there are none."""
+    return {name: m.adapter for name, m in linear_modules(model).items() if isinstance(m, Accumulated)}
+
+
+def weights(model: nn.Module, layers: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The base weights (out, in) of these layers: views, for a dense broadcast. Raises TargetError as merge does."""
+    linears, out = linear_modules(model), {}
+    for name in layers:
+        if name not in linears:
+            raise TargetError(f"expected a linear module named {name!r} in the model; got none.")
+        _refuse_opaque(name, linears[name])
+        out[name] = matrix(linears[name]).detach()
+    return out
+
+
+def load_weights(model: nn.Module, dense: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Writes base weights (out, in) over those of the model; their residuals are gone with them. Checks all before it writes one.
+
+    Raises TargetError for a layer that does not exist, does not fit, is quantised or tied; AdapterError for NaN or infinity.
+    """
+    own = weights(model, list(dense))
+    refuse_tied(model, {name: module for name, module in linear_modules(model).items() if name in dense})
+    for name, weight in dense.items():
+        if weight.shape != own[name].shape:
+            raise TargetError(f"{name}: expected a weight (out, in) = {tuple(own[name].shape)}; got {tuple(weight.shape)}, of "
+                              "another model")
+        if not bool(torch.isfinite(weight).all()):
+            raise AdapterError(f"{name}: expected finite numbers; got NaN or infinity; nothing was written.")
     with torch.no_grad():
-        for name, base in bases.items():
-            weight = matrix(base)
-            adapter = adapters[name].to(weight.device)
-            ops.merge_(weight, adapter.A, adapter.B, adapter.scale)
+        for name, weight in dense.items():
+            own[name].copy_(weight)
+            residuals(model).pop(name, None)
     return model

@@ -1,28 +1,41 @@
-"""The server's side of a round, without a model: who is sampled, which updates count, what is sent next."""
+"""The server's side of a round: who is sampled, which updates count, what is sent next, what a client missed."""
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from torch import Tensor
+
+from flora.adapter import Adapters, all_layers, stack
 from flora.client import LocalClient
 from flora.errors import StrategyError
 from flora.messages import Broadcast, Update
 from flora.seeds import derive
 from flora.strategies import aggregate, strategy_named
+from flora.stream import Stream
+
+HISTORY = 4
 
 
 class Server:
-    """Holds the broadcast that is due, and makes the next one of a round's updates.
+    """Holds the broadcast that is due, and makes the next one of a round's updates. It needs no model.
 
     broadcast: the first one (Strategy.begin, or a checkpoint's); clients: all of the run; fraction: share of them sampled a
     round (at least one); weighting: "examples" or "uniform". The order of updates does not matter: they are sorted as the
     clients are, so a sum has the same bits in whatever order replies come.
+    stream: takes updates in as they come, in bounded memory, with strategy flora; sums then depend on the order of arrival in
+    their last bits, and the stream's own weighting holds.
     """
 
     def __init__(self, strategy: str, clients: Sequence[LocalClient], broadcast: Broadcast, fraction: float = 1.0,
-                 weighting: str = "examples", seed: int = 0):
+                 weighting: str = "examples", seed: int = 0, stream: Stream | None = None):
         self.strategy = strategy_named(strategy)
+        if stream is not None and strategy != "flora":
+            raise StrategyError(f"expected strategy flora with a stream, which sums ΔW; got {strategy}. Leave the stream out.")
         self.clients, self.fraction, self.weighting, self.seed = list(clients), fraction, weighting, seed
-        self.broadcast = broadcast
+        self.broadcast, self.stream = broadcast, stream
+        self._received: dict[str, Update] = {}
+        self._place = {client.name: i for i, client in enumerate(self.clients)}
+        self._merges: dict[int, Adapters] = {} if broadcast.merge is None else {broadcast.version: broadcast.merge}
 
     def sample(self, number: int) -> list[LocalClient]:
         """The clients of a round (from 0), by fraction and seed; always the same for the same round. In the run's order."""
@@ -30,23 +43,107 @@ class Server:
         chosen = random.Random(derive(self.seed, "sample", number)).sample(range(len(self.clients)), count)
         return [self.clients[i] for i in sorted(chosen)]
 
-    def close(self, updates: Sequence[Update]) -> Broadcast:
-        """Aggregates the round's updates into the next broadcast. Without any (all failed) the broadcast stays what it was.
-
-        Raises StrategyError for an update of another base version, of an unknown client, or twice from one client.
-        """
-        place = {client.name: i for i, client in enumerate(self.clients)}
-        names = [update.client for update in updates]
-        if len(set(names)) != len(names) or not set(names) <= set(place):
-            raise StrategyError(f"expected one update from each of this run's clients at most; got {names}")
-        behind = [u.client for u in updates if u.base_version != self.broadcast.version]
-        if behind:
+    def receive(self, update: Update) -> None:
+        """Takes in one update of the round that is open. Raises StrategyError, and takes in nothing of it, for an update of another
+        base version, of an unknown client, or a second one of a client."""
+        who, have = update.client, self.stream.clients if self.stream else self._received
+        if who in have or who not in self._place:
+            raise StrategyError(f"expected one update from each of this run's clients at most; got {who!r}, which "
+                                f"{'has sent one already' if who in have else 'is not among them'}. Leave it out.")
+        if update.base_version != self.broadcast.version:
             raise StrategyError(f"expected updates trained on version {self.broadcast.version} of the base; got others from "
-                                f"{', '.join(behind)}. Leave them out of the round.")
-        if not updates:
+                                f"{who} (version {update.base_version}). Leave them out of the round.")
+        if self.stream:
+            self.stream.add(update)
+        else:
+            self._received[who] = update
+
+    def discard(self) -> None:
+        """Forgets what the open round has received: it failed. The base and the broadcast are as they were."""
+        self._received = {}
+        if self.stream:
+            self.stream.discard()
+
+    def close(self, updates: Sequence[Update] = ()) -> Broadcast:
+        """Aggregates what was received, and these, into the next broadcast. Without any (all failed) the broadcast stays.
+
+        Raises StrategyError as receive does; then nothing of these counts, and what was received before is still there.
+        """
+        if self.stream:
+            return self._close_stream(updates)
+        before = dict(self._received)
+        try:
+            for update in updates:
+                self.receive(update)
+        except StrategyError:
+            self._received = before
+            raise
+        if not self._received:
             return self.broadcast
-        ordered = sorted(updates, key=lambda update: place[update.client])
+        ordered = sorted(self._received.values(), key=lambda update: self._place[update.client])
         options = {} if self.strategy.home else {"weights": self.weighting}
         following = aggregate(ordered, self.strategy.name, **options)
-        self.broadcast = replace(following, run=self.broadcast.run)
-        return self.broadcast
+        self._received = {}
+        return self._send(replace(following, run=self.broadcast.run))
+
+    def _close_stream(self, updates: Sequence[Update]) -> Broadcast:
+        """The same for a stream, which cannot give an update back: an error discards the whole round."""
+        try:
+            for update in updates:
+                self.receive(update)
+        except StrategyError:
+            self.discard()
+            raise
+        return self._send(self.stream.close()) if self.stream.clients else self.broadcast
+
+    def _send(self, broadcast: Broadcast) -> Broadcast:
+        """Makes this the broadcast that is due; remembers merges, up to HISTORY times the numbers in the weights they are for."""
+        self.broadcast = broadcast
+        if broadcast.base is not None:
+            self._merges = {}
+        if broadcast.merge is not None:
+            self._merges[broadcast.version] = broadcast.merge
+        while len(self._merges) > 1 and _size(self._merges.values()) > HISTORY * _dense(self._merges.values()):
+            del self._merges[min(self._merges)]
+        return broadcast
+
+    def catch_up(self, version: int, weights: Mapping[str, Tensor] | None = None) -> Broadcast:
+        """What brings a client whose base is at `version` to the broadcast that is due: the merges it missed, concatenated.
+
+        weights: the base's present weights by layer (flora.nn.weights of the server's model), sent in their place where they are
+        fewer bytes, or where merges that old are no longer held. Raises StrategyError where neither can be sent.
+        """
+        now = self.broadcast
+        if version > now.version:
+            raise StrategyError(f"expected a base of version {now.version} at most; got {version}, which this server never sent")
+        missed = [merge for number, merge in sorted(self._merges.items()) if number > version]
+        if now.base is not None or version >= now.version - 1:
+            return now
+        whole = bool(missed) and set(range(version + 1, now.version + 1)) <= set(self._merges)
+        if weights is not None and (not whole or _bytes(missed) > sum(w.nbytes for w in weights.values())):
+            return replace(now, merge=None, base=weights)
+        if now.merge is None and not self._merges:
+            return now                                              # a strategy that never merges: nothing was missed
+        if not whole:
+            raise StrategyError(f"expected the merges of versions {version + 1} to {now.version}; this server holds "
+                                f"{sorted(self._merges) or 'none'}. Give weights: those of the server's model.")
+        return replace(now, merge=concatenated(missed), since=version)
+
+
+def concatenated(merges: Sequence[Adapters]) -> dict[str, object]:
+    """The sum of several merges: for every layer, their ranks one after another."""
+    return {layer: stack([merge[layer] for merge in merges if layer in merge]) for layer in all_layers(merges)}
+
+
+def _bytes(merges: Sequence[Adapters]) -> int:
+    return sum(a.nbytes for merge in merges for a in merge.values())
+
+
+def _size(merges) -> int:
+    """Numbers in the factors."""
+    return sum(a.A.numel() + a.B.numel() for merge in merges for a in merge.values())
+
+
+def _dense(merges) -> int:
+    """Numbers in the weights of their layers."""
+    return sum(out * inn for out, inn in {layer: a.shape for merge in merges for layer, a in merge.items()}.values())

@@ -7,9 +7,9 @@ from tiny import TARGETS, adapter, llama, same, token_rows
 
 import flora
 from flora import Broadcast, Cohort, LocalClient, TrainConfig
-from flora.cohort import resume_at
 from flora.errors import ConfigError, RunError, TargetError
 from flora.nn import lora_layers, target_shapes
+from flora.versions import resume_at
 
 SHAPES = target_shapes(llama(), TARGETS)
 CONFIG = TrainConfig(learning_rate=1e-2, max_steps=3, per_device_train_batch_size=2, seed=5)

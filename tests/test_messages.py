@@ -97,6 +97,29 @@ def test_join_makes_what_encode_makes():
     assert join(*split(SMALL)) == SMALL
 
 
+DENSE = Broadcast(merge={"l": adapter(1, (2, 2))}, version=5, since=2,
+                  base={"a": torch.randn(2, 3), "b": torch.ones(1, 4).bfloat16()})
+
+
+def test_dense_weights_and_since_come_back():
+    got = decode(encode(DENSE), expected={"l": (2, 2), "a": (2, 3), "b": (1, 4)})
+    assert (got.since, got.version, list(got.base)) == (2, 5, ["a", "b"])
+    assert all(torch.equal(got.base[n], w) and got.base[n].dtype == w.dtype for n, w in DENSE.base.items())
+    assert decode(encode(Broadcast())).base is None and decode(encode(Broadcast(base={}))).base == {}
+
+
+def test_dense_weights_that_lie_are_refused():
+    header, fields, body = split(encode(DENSE))
+    for changes in ({"since": -1}, {"since": "2"}, {"since": True}, {"base": ["a"]}, {"base": ["a", "b", "c"]},
+                    {"base": ["a", "a", "b"]}, {"base": 3}, {"base": [["a"]]}):
+        refused(join(header, {**fields, **changes}, body))
+    for bad in (torch.ones(2), torch.ones(2, 3).long(), torch.full((2, 3), float("inf"))):
+        refused(encode(Broadcast(base={"a": bad})), "a: a weight")
+    for expected in ({"b": (2, 3)}, {"a": (3, 2)}):
+        with pytest.raises(MessageError, match="expected"):
+            decode(encode(Broadcast(base={"a": torch.ones(2, 3)})), expected=expected)
+
+
 def test_every_changed_byte_is_refused():
     """Every byte of a small message, put to every other value: 150,000 messages."""
     accepted = []

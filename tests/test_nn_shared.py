@@ -6,6 +6,7 @@ import oracles
 import pytest
 import torch
 from oracles import llama, randomise, relative, tokens
+from tiny import Int8Linear, quantise
 from torch import nn
 
 import flora
@@ -133,29 +134,6 @@ def test_clients_and_frozen_ranks_share_too():
     assert all(relative(a, b) < 1e-5 for a, b in zip(together, apart, strict=True))
 
 
-class Int8Linear(nn.Module):
-    """A weight-only int8 linear: codes and one step a row."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        step = linear.weight.detach().abs().amax(1, keepdim=True) / 127
-        self.register_buffer("weight", (linear.weight.detach() / step).round().to(torch.int8))
-        self.register_buffer("step", step)
-        self.bias = linear.bias
-
-    def forward(self, x):
-        return nn.functional.linear(x, (self.weight * self.step).to(x.dtype), self.bias)
-
-
-def quantise(model):
-    for module in list(model.modules()):
-        for name, child in list(module._modules.items()):
-            if isinstance(child, nn.Linear) and name != "lm_head":
-                module._modules[name] = Int8Linear(child)
-    return model
-
-
 def test_a_quantised_model_trains_through_its_own_products():
     model = quantise(llama(torch.float64))
     dense = copy.deepcopy(model)
@@ -171,7 +149,7 @@ def test_a_quantised_model_trains_through_its_own_products():
     for a, b in zip(gradients(model, tokens()), gradients(dense, tokens()), strict=True):
         assert relative(a, b) < 1e-12
     adapters = flora.adapters(model)
-    with pytest.raises(TargetError, match="expected a weight in floating point to merge into; got a Int8Linear"):
+    with pytest.raises(TargetError, match="expected a weight in floating point to write to; got a Int8Linear"):
         flora.merge(model, adapters)
     flora.detach(model)
     assert isinstance(model.model.layers[0].mlp.up_proj, Int8Linear)

@@ -77,6 +77,30 @@ def adapter(rank, shape, seed=0, alpha=None, dtype=torch.float32):
     return Adapter(A.to(dtype), B.to(dtype), (2.0 * rank if alpha is None else alpha) / rank)
 
 
+class Int8Linear(torch.nn.Module):
+    """A weight-only int8 linear: codes and one step a row."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        step = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("weight", (linear.weight.detach() / step).round().to(torch.int8))
+        self.register_buffer("step", step)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, (self.weight * self.step).to(x.dtype), self.bias)
+
+
+def quantise(model):
+    """Every linear but the head replaced by its int8 codes."""
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if isinstance(child, torch.nn.Linear) and name != "lm_head":
+                module._modules[name] = Int8Linear(child)
+    return model
+
+
 def dense(a):
     """B diag(scale) A in fp64, written out here and not taken from the code under test."""
     return a.B.double() @ torch.diag(a.scale.double()) @ a.A.double()

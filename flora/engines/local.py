@@ -13,16 +13,17 @@ from rich.console import Console
 from flora.adapter import Adapters, truncate
 from flora.checkpoint import Resumed, RunFolder
 from flora.client import LocalClient
-from flora.cohort import Cohort, bring_to, resume_at
+from flora.cohort import Cohort
 from flora.config import RunConfig, load, parse
 from flora.engines.prepare import Job, environment, prepare
 from flora.errors import ConfigError
 from flora.evaluate import evaluate
 from flora.messages import Broadcast, Update, encode
-from flora.nn import applied, merge, target_shapes
+from flora.nn import accumulate, applied, residuals, target_shapes
 from flora.report import Report
 from flora.server import Server
 from flora.strategies import strategy_named
+from flora.versions import bring_to, resume_at, write_into
 
 
 def run(config: RunConfig | Mapping[str, Any] | str | Path, resume: bool = False) -> Path:
@@ -56,6 +57,8 @@ def run(config: RunConfig | Mapping[str, Any] | str | Path, resume: bool = False
 def _run(config: RunConfig, folder: RunFolder, job: Job, resumed: Resumed | None) -> None:
     """The run itself, in a folder that is open."""
     if resumed:
+        accumulate(job.model, resumed.beside)
+        residuals(job.model).update(resumed.residuals)
         resume_at(job.model, resumed.broadcast.run, resumed.broadcast.version, merged=resumed.base is not None)
     with Report(folder.path, config.num_rounds, resumed.number if resumed else 0, config.quiet) as report:
         report.say(f"{len(job.clients)} clients, strategy {config.strategy}, {config.num_rounds} rounds")
@@ -67,14 +70,15 @@ def _run(config: RunConfig, folder: RunFolder, job: Job, resumed: Resumed | None
             report.add(server_row(0, job, server, home, {}) | {"bytes_down": start})
         rounds(config, job, server, report, folder, home)
         if server.broadcast.start is not None:
-            merge(job.model, server.broadcast.start)            # last: nothing trains on this model any more
-        folder.save_model(job.model, job.tokenizer)
+            write_into(job.model, server.broadcast.start, job.merge_config)    # last: nothing trains on this model any more
+        saved = folder.save_model(job.model, job.tokenizer, config.model_name_or_path)
         folder.mark("finished", config.num_rounds)
     console = Console()
     for table in report.table():
         console.print(table)
-    what = "the clients' models stay theirs (rounds/); the untouched base" if server.strategy.home else "the merged model"
-    console.print(f"{what} is in {folder.path / 'model'}, every row in {folder.path / 'metrics.jsonl'}", highlight=False,
+    what = "the merged model" if saved.name == "model" else "the sum of all updates, an adapter for the untouched base,"
+    what = "the clients' models stay theirs (rounds/); the untouched base" if server.strategy.home else what
+    console.print(f"{what} is in {saved}, every row in {folder.path / 'metrics.jsonl'}", highlight=False,
                   soft_wrap=True)
 
 
@@ -84,9 +88,9 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
     for number in range(report.first, config.num_rounds):
         clients = [replace(client, start=home.get(client.name)) for client in server.sample(number)]
         sent = server.broadcast
-        bring_to(job.model, sent)
+        bring_to(job.model, sent, job.merge_config)
         before = evaluate_clients(job, {c.name: _before(c, sent) for c in clients}, report, f"round {number}: before")
-        cohort = Cohort(job.model, clients, job.train_config, config.target_modules)
+        cohort = Cohort(job.model, clients, job.train_config, config.target_modules, merge_config=job.merge_config)
         report.start_clients(f"round {number}: train", len(clients))
         updates = cohort.fit(sent, on_step=report.on_step)
         views = {u.client: {**(sent.start or {}), **u.adapters} for u in updates}
@@ -186,7 +190,7 @@ def server_row(rounds_done: int, job: Job, server: Server, home: Mapping[str, Ad
                seconds: Mapping[str, float]) -> dict[str, Any]:
     """Merges what is due and evaluates the global model: base and start; without a server, the mean of the clients' own models."""
     began = time.perf_counter()
-    bring_to(job.model, server.broadcast)
+    bring_to(job.model, server.broadcast, job.merge_config)
     merged = time.perf_counter()
     views = list(home.values()) if server.strategy.home else [server.broadcast.start]
     results = []
@@ -194,9 +198,11 @@ def server_row(rounds_done: int, job: Job, server: Server, home: Mapping[str, Ad
         with _with_adapters(job, adapters):
             results.append(evaluate(job.model, job.server_rows, job.eval_batch_size, job.train_config.pad_token_id))
     mean = {name: sum(r[name] for r in results) / len(results) for name in ("loss", "perplexity", "accuracy")}
-    return {"kind": "server", "rounds_done": rounds_done, "eval_loss": mean["loss"], "eval_perplexity": mean["perplexity"],
+    row = {"kind": "server", "rounds_done": rounds_done, "eval_loss": mean["loss"], "eval_perplexity": mean["perplexity"],
             "eval_accuracy": mean["accuracy"], "bytes_up": 0, "bytes_down": 0,
             "seconds": {**seconds, "merge": merged - began, "evaluate": time.perf_counter() - merged}}
+    errors = job.model.__dict__.get("_flora_merge_errors")
+    return row if errors is None else row | {"merge_error": max(errors.values(), default=0.0)}
 
 
 def resume(folder: str | Path) -> Path:

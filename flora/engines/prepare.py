@@ -15,6 +15,7 @@ from flora.config import RunConfig
 from flora.data import Partition, epoch_order, load_model, load_rows, load_tokenizer, partition, split, tokenize_rows
 from flora.errors import ConfigError, DataError
 from flora.strategies import strategy_named
+from flora.versions import MergeConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,6 +35,7 @@ class Job:
     server_rows: Rows
     train_config: TrainConfig
     eval_batch_size: int
+    merge_config: MergeConfig
 
 
 def device_and_dtype(config: RunConfig) -> tuple[torch.device, torch.dtype]:
@@ -100,7 +102,9 @@ def prepare(config: RunConfig, say: Callable[[str], None], base: Path | None = N
         eval_rows = {POOLED: [row for rows_ in eval_rows.values() for row in rows_]}
     factor = max(1, round(config.fraction_train * config.num_clients)) if pooled else 1
     return Job(model, tokenizer, clients, eval_rows, tokens(splits.server),
-               train_config(config, tokenizer.pad_token_id or 0, factor), config.per_device_eval_batch_size)
+               train_config(config, tokenizer.pad_token_id or 0, factor), config.per_device_eval_batch_size,
+               MergeConfig(config.merge_into, config.merge_rounding, config.merge_residual, config.seed, config.merge_rank,
+                           config.merge_tol))
 
 
 def environment() -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The aggregation rules by name, and `aggregate`, which applies one to updates. Each is a few lines of the adapter algebra."""
 import difflib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,7 +12,7 @@ from flora.strategies.average import CENTRALIZED, FEDIT, STANDALONE, ZEROPAD
 from flora.strategies.base import Strategy
 from flora.strategies.exact import FLORA
 
-__all__ = ["STRATEGIES", "Strategy", "aggregate", "strategy_named"]
+__all__ = ["STRATEGIES", "Strategy", "aggregate", "check_update", "strategy_named"]
 
 STRATEGIES: dict[str, Strategy] = {s.name: s for s in (FLORA, FEDIT, ZEROPAD, CENTRALIZED, STANDALONE)}
 
@@ -36,15 +36,23 @@ def _check(updates: Sequence[Update]) -> None:
                             "the clients that are behind.")
     shapes: dict[str, tuple[int, int]] = {}
     for number, update in enumerate(updates):
-        who = update.client or f"number {number}"
-        if not update.num_examples > 0:
-            raise StrategyError(f"client {who}: expected num_examples of at least 1; got {update.num_examples}")
         for layer, a in update.adapters.items():
-            if shapes.setdefault(layer, a.shape) != a.shape:
-                raise StrategyError(f"client {who}, {layer}: expected an adapter for (out, in) = {shapes[layer]} as the others "
-                                    f"sent; got {a.shape}")
-            if not all(bool(torch.isfinite(t).all()) for t in (a.A, a.B, a.scale)):
-                raise StrategyError(f"client {who}, {layer}: expected finite numbers; got NaN or infinity. Leave the client out.")
+            shapes.setdefault(layer, a.shape)
+        check_update(update, update.client or f"number {number}", shapes)
+
+
+def check_update(update: Update, who: str, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raises StrategyError unless the update has examples, and finite adapters for layers of these (out, in)."""
+    if not update.num_examples > 0:
+        raise StrategyError(f"client {who}: expected num_examples of at least 1; got {update.num_examples}")
+    for layer, a in update.adapters.items():
+        if layer not in shapes:
+            raise StrategyError(f"client {who}: expected adapters for layers of this run; got {layer}")
+        if tuple(shapes[layer]) != a.shape:
+            raise StrategyError(f"client {who}, {layer}: expected an adapter for (out, in) = {tuple(shapes[layer])} as the others "
+                                f"sent; got {a.shape}")
+        if not all(bool(torch.isfinite(t).all()) for t in (a.A, a.B, a.scale)):
+            raise StrategyError(f"client {who}, {layer}: expected finite numbers; got NaN or infinity. Leave the client out.")
 
 
 def aggregate(updates: Sequence[Update], strategy: str = "flora", **options: object) -> Broadcast:
