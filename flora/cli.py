@@ -1,4 +1,4 @@
-"""The verbs: `flora run | resume | fetch | tune | doctor`, each two lines of Python; an error is one paragraph with its remedy."""
+"""The verbs: `flora run | resume | fetch | merge | tune | doctor`, two lines of Python each; an error says what to do."""
 import dataclasses
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +14,7 @@ flora: federated LoRA fine-tuning with mixed ranks, aggregated exactly
   flora run [CONFIG.yaml] [--key value ...]   run a federated fine-tuning     flora run --lora_r 64 16 4 --num_clients 3
   flora resume FOLDER                         go on with an interrupted run   flora resume runs/demo
   flora fetch [NAME ...]                      models and data by name         flora fetch smollm2-135m chitchat
+  flora merge BASE ADAPTER ... --out DIR      PEFT adapters into a model      flora merge smollm2-135m alice bob --out merged
   flora tune [--shapes OUTxIN ...]            measure kernel forms on this GPU        flora tune --shapes 4096x4096
   flora doctor                                what works here, what is missing and what that costs
 
@@ -78,6 +79,12 @@ def _fetch(arguments: list[str]) -> None:
         print(fetch(name))
 
 
+def _merge(arguments: list[str]) -> None:
+    from flora.shards import main as merge
+
+    merge(arguments)
+
+
 def _tune(arguments: list[str]) -> None:
     from flora.tuning import main as tune
 
@@ -90,7 +97,7 @@ def _doctor(arguments: list[str]) -> None:
     doctor()
 
 
-VERBS = {"run": _run, "resume": _resume, "fetch": _fetch, "tune": _tune, "doctor": _doctor}
+VERBS = {"run": _run, "resume": _resume, "fetch": _fetch, "merge": _merge, "tune": _tune, "doctor": _doctor}
 
 
 def _call(arguments: list[str]) -> None:
@@ -106,7 +113,7 @@ def _call(arguments: list[str]) -> None:
         import difflib
         near = difflib.get_close_matches(verb, VERBS, 1)
         raise _Usage(f"no such verb: {verb}" + (f"; did you mean {near[0]}?" if near else ""))
-    if verb not in ("run", "tune") and rest and rest[0] in ("-h", "--help"):
+    if verb not in ("run", "merge", "tune") and rest and rest[0] in ("-h", "--help"):
         print(USAGE, end="")
         return
     VERBS[verb](rest)
