@@ -1,41 +1,232 @@
-"""The merge of ten clients (ranks 64 to 4) into a weight: flora's operator, addmm_ on a concatenated stack, one addmm_ a client.
+"""Ten clients (ranks 64 to 4) into all weights of a model: flora's one call, PEFT, and addmm_ as one would write it by hand.
 
-The limit is the copy bandwidth of this machine over the bytes of the weight, read and written once.
+    python -m benchmarks.bench_merge [--models SmolLM2-135M 2048x5632 7B ...] [--dtypes float32 bfloat16] [--layers N]
+
+The limit is the copy bandwidth of this machine over the bytes of the weights, read and written once. Extra memory is the peak of
+a call over what was held before it. The same merges keep being added to the same weights; no variant's time depends on them.
+Then two tables on what merges leave: the error of 200 of them into bf16, and the memory of 10,000 clients that arrive in a stream.
 """
+import argparse
+import ctypes
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
+from torch import nn
 
 from benchmarks.gate import require_green
 from benchmarks.measure import copy_bandwidth, interleaved, publish, rows_of
-from benchmarks.shapes import RANKS, SMOLLM2_135M, SQUARE
+from benchmarks.shapes import MODELS, RANKS
 from flora import ops
 from flora.adapter import Adapter, stack
+from flora.messages import Update
+from flora.stream import Stream
+
+BLOCKS = {"SmolLM2-135M": 30, "1B": 16, "3B": 28, "7B": 32, "70B": 80}
+
+
+class Case:
+    """The weights of a model and ten clients' adapters for each."""
+
+    def __init__(self, shapes: list[tuple[int, int]], weight: torch.dtype, factor: torch.dtype, device: str):
+        torch.manual_seed(0)
+        new = {"device": device}
+        self.weights = [torch.randn(shape, **new).to(weight) for shape in shapes]
+        def one(rank: int, out: int, inn: int) -> Adapter:
+            A, B = torch.randn(rank, inn, **new) * 0.02, torch.randn(out, rank, **new) * 0.02
+            return Adapter(A.to(factor), B.to(factor), 0.2)
+
+        self.clients = [[one(rank, *shape) for rank in RANKS] for shape in shapes]
+        self.stacks = [stack(layer) for layer in self.clients]
+        self.lists = [[[getattr(a, name) for a in layer] for layer in self.clients] for name in ("A", "B", "scale")]
+
+    def flora(self, **options) -> Callable[[], object]:
+        return lambda: ops.merge_many_(self.weights, *self.lists, **options)
+
+    def addmm_stack(self, dtype: torch.dtype) -> Callable[[], object]:
+        """One addmm_ a weight, of stacks concatenated, scaled and cast before; a weight of another dtype goes through a copy."""
+        pairs = [((a.B.float() * a.scale).to(dtype), a.A.to(dtype)) for a in self.stacks]
+
+        def call() -> None:
+            for weight, (B, A) in zip(self.weights, pairs, strict=True):
+                if weight.dtype == dtype:
+                    weight.addmm_(B, A)
+                else:
+                    weight.copy_(torch.addmm(weight.to(dtype), B, A))
+        return call
+
+    def cat_and_addmm(self) -> None:
+        for weight, layer in zip(self.weights, self.clients, strict=True):
+            A = torch.cat([a.A for a in layer]).to(weight.dtype)
+            weight.addmm_(torch.cat([a.B * a.scale for a in layer], 1).to(weight.dtype), A)
+
+    def addmm_each(self) -> None:
+        for weight, layer in zip(self.weights, self.clients, strict=True):
+            for a in layer:
+                weight.addmm_((a.B * a.scale).to(weight.dtype), a.A.to(weight.dtype))
+
+
+def peft_model(case: Case) -> nn.Module | None:
+    """The same weights and clients in PEFT; None where it is not installed."""
+    try:
+        import peft
+    except ImportError:
+        return None
+    base = nn.Sequential(*(nn.Linear(w.shape[1], w.shape[0], bias=False, device="meta") for w in case.weights))
+    base = base.to_empty(device=case.weights[0].device).to(case.weights[0].dtype)
+    for linear, weight in zip(base, case.weights, strict=True):
+        linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    targets = [str(i) for i in range(len(base))]
+    model = None
+    for k, rank in enumerate(RANKS):
+        config = peft.LoraConfig(r=rank, lora_alpha=0.2 * rank, target_modules=targets)
+        if model is None:
+            model = peft.get_peft_model(base, config, f"c{k}")
+        else:
+            model.add_adapter(f"c{k}", config)
+        for i, layer in enumerate(case.clients):
+            module = model.base_model.model[i]
+            module.lora_A[f"c{k}"].weight.data = layer[k].A.clone()
+            module.lora_B[f"c{k}"].weight.data = layer[k].B.clone()
+    return model
+
+
+def peft_calls(case: Case) -> dict[str, Callable[[], object]]:
+    """PEFT's own ways: every adapter merged in turn; or concatenated (add_weighted_adapter) and merged."""
+    model = peft_model(case)
+    if model is None:
+        return {}
+    names = [f"c{k}" for k in range(len(RANKS))]
+    layers = [module for module in model.modules() if hasattr(module, "merged_adapters")]
+
+    def merge(adapters: list[str]) -> None:
+        model.merge_adapter(adapters)
+        for layer in layers:
+            layer.merged_adapters.clear()
+
+    def cat() -> None:
+        model.add_weighted_adapter(names, [1.0] * len(names), "all", combination_type="cat")
+        merge(["all"])
+        model.delete_adapter("all")
+
+    return {"PEFT one by one": lambda: merge(names), "PEFT cat + merge": cat}
+
+
+def extra_megabytes(call: Callable[[], object], device: str) -> float | None:
+    """Peak memory of a call over what was held before, in MB; None where the system does not say."""
+    if device == "cuda":
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return (torch.cuda.max_memory_allocated() - held) / 1e6
+    try:
+        ctypes.CDLL(None).malloc_trim(0)                                  # memory that was freed must not serve a call unseen
+        Path("/proc/self/clear_refs").write_text("5")                     # the peak starts from what is resident now
+
+        def resident(field: str) -> int:
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return next(int(line.split()[1]) for line in lines if line.startswith(field))
+        before = resident("VmRSS")
+        call()
+        return max(0, resident("VmHWM") - before) * 1024 / 1e6
+    except (OSError, AttributeError):
+        return None
+
+
+def shapes_of(model: str, blocks: int | None) -> list[tuple[int, int]]:
+    """(out, in) of all linears of a model, or of one weight, "2048x5632"."""
+    if model in MODELS:
+        return [(out, inn) for _, out, inn in MODELS[model]] * (blocks or BLOCKS[model])
+    out, inn = model.split("x")
+    return [(int(out), int(inn))]
+
+
+def timings(options: argparse.Namespace, device: str) -> list[dict]:
+    bandwidth, rows = copy_bandwidth(device), []
+    for model in options.models:
+        shapes = shapes_of(model, options.layers)
+        for name in options.dtypes:
+            dtype = getattr(torch, name)
+            case = Case(shapes, dtype, torch.float32, device)
+            half = Case(shapes, dtype, torch.bfloat16, device)
+            calls = {"flora": case.flora(), "flora, bf16 adapters": half.flora(),
+                     "addmm_ of an fp32 stack": case.addmm_stack(torch.float32)}
+            if dtype != torch.float32:
+                left = [torch.zeros_like(w, dtype=torch.bfloat16) for w in case.weights]
+                calls |= {"flora, stochastic": case.flora(rounding="stochastic", seed=1),
+                          "flora, residual": case.flora(residuals=left), f"addmm_ of a {name} stack": case.addmm_stack(dtype)}
+            calls |= {"cat, then addmm_": case.cat_and_addmm, "addmm_ one by one": case.addmm_each}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                calls |= peft_calls(case)
+                for call in calls.values():
+                    call()
+                memory = {variant: extra_megabytes(call, device) for variant, call in calls.items()}
+                seconds = interleaved(calls, options.repeats, 1)
+            limit = 2 * sum(w.nbytes for w in case.weights) / bandwidth
+            title = f"{model}: {len(shapes)} weights, {name}, {len(RANKS)} clients, R = {sum(RANKS)}"
+            timed = rows_of(title, seconds, "addmm_ of an fp32 stack", limit)
+            rows += [row | {"extra_mb": memory[row["variant"]]} for row in timed]
+            for variant, megabytes in memory.items():
+                print(f"{title}: {variant}: {'?' if megabytes is None else f'{megabytes:.1f}'} MB extra", flush=True)
+    return rows
+
+
+def drift(count: int = 200) -> list[dict]:
+    """The error of many merges of |Δ| = 2e-4 |W| into bf16, relative to the sum of the updates, for each way of rounding."""
+    rows = []
+    for turning in (False, True):
+        for rounding, kept in (("nearest", False), ("stochastic", False), ("nearest", True)):
+            torch.manual_seed(0)
+            weight = torch.randn(576, 576).bfloat16()
+            exact, left = weight.double(), torch.zeros(576, 576, dtype=torch.bfloat16) if kept else None
+            start, a = exact.clone(), None
+            for i in range(count):
+                if a is None or turning:
+                    a = Adapter(torch.randn(16, 576), torch.randn(576, 16), 1.0)
+                    a = a * float(2e-4 * start.norm() / a.delta().norm())
+                exact += a.delta()
+                ops.merge_(weight, a.A, a.B, a.scale, residual=left, rounding=rounding, seed=i)
+            got, moved = weight.double() + (left.double() if kept else 0), exact - start
+            which = "another direction each" if turning else "one direction"
+            rows.append({"case": f"{count} merges of |Δ| = 2e-4 |W| into bf16, {which}", "variant": "residual" if kept else rounding,
+                         "error": float((got - exact).norm() / moved.norm()),
+                         "bias": float(((got - exact) * moved).sum() / moved.square().sum())})
+            row = rows[-1]
+            print(f"{row['case']}: {row['variant']}: error {row['error']:.2%}, bias {row['bias']:+.2%}", flush=True)
+    return rows
+
+
+def streamed(count: int = 10_000) -> list[dict]:
+    """Peak memory of clients of rank 8 that arrive one by one, into a 576 x 1536 weight: after a tenth of them, and after all."""
+    model = nn.Sequential(nn.Linear(1536, 576, bias=False))
+    stream, rows = Stream(model, {"0": (576, 1536)}), []
+
+    def add(first: int, last: int) -> None:
+        for k in range(first, last):
+            stream.add(Update({"0": Adapter(torch.randn(8, 1536), torch.randn(576, 8), 2.0)}, 1 + k % 9, {}, 0, f"c{k}"))
+
+    add(0, 100)
+    for first, last in ((100, count // 10), (count // 10, count)):
+        extra = extra_megabytes(lambda first=first, last=last: add(first, last), "cpu")
+        row = {"case": "a stream of clients of rank 8 into 576 x 1536", "variant": f"clients {first} to {last}", "extra_mb": extra}
+        print(f"{row['case']}: {row['variant']}: {'?' if extra is None else f'{extra:.1f}'} MB more at the peak", flush=True)
+        rows.append(row)
+    stream.close()
+    return rows
 
 
 def main() -> None:
-    require_green("tests/test_merge.py")
-    bandwidth, rows = copy_bandwidth(), []
-    for dtype in (torch.float32, torch.bfloat16):
-        for name, n_out, n_in in [SMOLLM2_135M[4], *SQUARE]:
-            torch.manual_seed(0)
-            clients = [Adapter(torch.randn(r, n_in) * 0.02, torch.randn(n_out, r) * 0.02, 2.0) * 0.1 for r in RANKS]
-            whole = stack(clients)
-            weights = {variant: torch.randn(n_out, n_in).to(dtype) for variant in ("flora", "addmm_ stack", "addmm_ each")}
-
-            def one_pass(weight: torch.Tensor, whole: Adapter = whole) -> None:
-                ops.merge_(weight, whole.A, whole.B, whole.scale)
-
-            def addmm_stack(weight: torch.Tensor, whole: Adapter = whole) -> None:
-                weight.addmm_((whole.B * whole.scale).to(weight.dtype), whole.A.to(weight.dtype))
-
-            def addmm_each(weight: torch.Tensor, clients: list = clients) -> None:
-                for a in clients:
-                    weight.addmm_((a.B * a.scale).to(weight.dtype), a.A.to(weight.dtype))
-
-            calls = {"flora": one_pass, "addmm_ stack": addmm_stack, "addmm_ each": addmm_each}
-            seconds = interleaved({variant: (lambda c=call, w=weights[variant]: c(w)) for variant, call in calls.items()})
-            limit = 2 * weights["flora"].nbytes / bandwidth
-            rows += rows_of(f"{name} {n_out}x{n_in}, R = {sum(RANKS)}, {str(dtype).split('.')[1]}", seconds, "addmm_ stack", limit)
-    publish("merge", rows)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["SmolLM2-135M", "2048x5632"], help="names of shapes.MODELS, or OUTxIN")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of the weights")
+    parser.add_argument("--layers", type=int, help="decoder layers (default: the model's)")
+    parser.add_argument("--repeats", type=int, default=15)
+    options = parser.parse_args()
+    require_green("tests/test_merge.py", "tests/test_merge_many.py", "tests/test_native_merge.py")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    publish("merge", timings(options, device), drift() + streamed())
 
 
 if __name__ == "__main__":

@@ -61,22 +61,25 @@ def copy_bandwidth(device: str = "cpu") -> float:
     return 2 * source.nbytes / statistics.median(values)
 
 
-def publish(name: str, rows: list[dict]) -> None:
-    """Prints a table a case and writes benchmarks/results/<device>/<name>.json with the versions that it depends on."""
+def publish(name: str, rows: list[dict], others: list[dict] | None = None) -> None:
+    """Prints a table a case and writes benchmarks/results/<device>/<name>.json with the versions that it depends on, and `others`,
+    rows that are not times."""
     console = Console(width=132, highlight=False)
     console.print(f"{name} on {device_name()}; ms: median (quartiles); x peer: times that of the variant "
                   "marked *; x limit: times the limit")
     for case in dict.fromkeys(row["case"] for row in rows):
         table = Table(title=case, title_justify="left", box=None)
-        for column in ("variant", "ms", "quartiles", "x peer", "x limit"):
+        memory = any(row.get("extra_mb") is not None for row in rows if row["case"] == case)
+        for column in ("variant", "ms", "quartiles", "x peer", "x limit", *(("extra MB",) if memory else ())):
             table.add_column(column, justify="left" if column == "variant" else "right", min_width=36 if column == "variant" else 8)
         for row in (row for row in rows if row["case"] == case):
             limit, star = row["times_limit"], "*" * (row["variant"] == row["against"])
             table.add_row(row["variant"], f"{row['ms']:.3f}", f"{row['ms_low']:.3f} – {row['ms_high']:.3f}",
-                          f"{row['times_against']:.2f}{star}", f"{limit:.2f}" if limit else "–")
+                          f"{row['times_against']:.2f}{star}", f"{limit:.2f}" if limit else "–",
+                          *((f"{row['extra_mb']:.1f}",) if memory else ()))
         console.print(table)
     folder = RESULTS / device_name()
     folder.mkdir(parents=True, exist_ok=True)
     about = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads(),
              "kernels": [choice._asdict() for choice in kernels.table()]}
-    (folder / f"{name}.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps({"about": about, "rows": rows + (others or [])}, indent=1) + "\n")
