@@ -1,6 +1,7 @@
 """What an operator takes: checks whose errors say what was expected and what came. Messages are composed only for errors."""
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flora.errors import AdapterError
 
@@ -37,6 +38,23 @@ def check_ranks(what: str, ranks: tuple[Tensor, Tensor, Tensor], shape: tuple[in
     for name, tensor in (("A", A), ("B", B), ("scale", scale)):
         check_dtype(f"{what} {name}", tensor)
         check(f"{what} {name}", tensor.device == device, f"a tensor on {device}", tensor.device)
+
+
+def check_reverse(*tensors: Tensor) -> None:
+    """No forward-mode derivative is asked for: the operators would drop it without a word."""
+    if forward_ad._current_level >= 0:
+        asked = any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+        check("derivative", not asked, "one in reverse mode (the operators are differentiable once, in reverse mode)",
+              "a tangent: forward mode (torch.func.jvp, torch.autograd.forward_ad)")
+
+
+def check_no_leaf(what: str, tensor: Tensor) -> None:
+    """Autograd lets it be written in place; it would say so itself, but only after the write."""
+    if tensor.requires_grad or tensor._base is not None:
+        owner = tensor if tensor._base is None else tensor._base
+        refused = owner.is_leaf and owner.requires_grad and torch.is_grad_enabled()
+        check(what, not refused, "a tensor that autograd lets be written in place (clone it, or call under no_grad)",
+              "a leaf that requires grad, or a view of one")
 
 
 def check_writable(what: str, tensor: Tensor) -> None:

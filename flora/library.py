@@ -1,23 +1,31 @@
 """The operator library `flora`: an operator is defined once, so torch.compile sees it whole; inside, the device picks a backend."""
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from flora import kernels
 
+_HERE = nullcontext()
 LIB = torch.library.Library("flora", "DEF")
+
+
+def _on(device: torch.device) -> AbstractContextManager:
+    """Makes a GPU the current one, where it is not: kernels are launched there, whatever their tensors' device."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return _HERE
 
 
 def implement(op: str, written: int = 0, before: Callable[..., tuple] | None = None) -> None:
     """Registers an operator's body: `before` (checks of values; what it returns are the arguments), then the backend of the first
-    tensor's device and dtype, autocast off; versions of what is written in place (the first `written` arguments) rise."""
+    tensor's device and dtype, on that device, autocast off; versions of what is written in place (the first `written`) rise."""
     def body(*args):
         first = args[0] if isinstance(args[0], Tensor) else args[0][0]
         kernel = kernels.resolve(op, first.device, first.dtype)
         casts = torch.is_autocast_enabled(first.device.type)          # asking costs less than entering the block
-        with torch.autocast(first.device.type, enabled=False) if casts else nullcontext():
+        with _on(first.device), torch.autocast(first.device.type, enabled=False) if casts else _HERE:
             result = kernel(*(args if before is None else before(*args)))
         for target in args[:written]:
             torch.autograd.graph.increment_version(target)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flora.checks import FLOATS, check, check_dtype, check_ranks, check_weight, check_writable
+from flora.checks import FLOATS, check, check_dtype, check_no_leaf, check_ranks, check_reverse, check_weight, check_writable
 from flora.library import LIB, implement
 from flora.merges import Rounding, add_many_, merge_, merge_many_, stack_
 from flora.segments import Frozen, HasRanks, Segments, frozen_operand, keys_of, row_keys, segments_of
@@ -124,7 +124,8 @@ def lora_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: Tensor, 
     row_offsets, rank_offsets: K + 1 ints on the host, or one Segments as row_offsets: rows row_offsets[k]:row_offsets[k + 1]
     of x flattened to (M, in) use ranks rank_offsets[k]:rank_offsets[k + 1]. Without them every row uses all R ranks.
     frozen: an Adapter or Frozen: ranks that add to the output without dropout and get no gradient.
-    dropout: on the input of A alone, keyed per row: seed is an int, or int64 (M,) keys (see row_keys); None draws one.
+    dropout: on the input of A alone, keyed per row: seed is an int, or int64 (M,) keys (see row_keys); None draws one on x's
+    device, which torch.manual_seed repeats.
     Raises AdapterError for shapes, dtypes, devices or offsets that do not fit. Differentiable once.
     """
     return lora_linears(x, [weight], [A], [B], [scale], [bias], row_offsets=row_offsets, rank_offsets=rank_offsets,
@@ -152,9 +153,10 @@ def lora_linears(x: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], Bs:
         check_ranks("adapter", (A, B, scale), tuple(weight.shape), device)
         check("bias", bias is None or tuple(bias.shape) == (weight.shape[0],), f"({weight.shape[0]},)",
               bias is not None and tuple(bias.shape))
-    if torch.is_autocast_enabled(device.type) and x.dtype != torch.float64:
+    if device.type != "meta" and torch.is_autocast_enabled(device.type) and x.dtype != torch.float64:   # which meta cannot ask
         x = x.to(torch.get_autocast_dtype(device.type))
-    flat = x.reshape(-1, x.shape[-1])
+    check_reverse(x, *As, *Bs)
+    flat = _rows(x)
     shapes = [tuple(weight.shape) for weight in weights]
     held, segments, widths, keys = _routing(flat, As, shapes, row_offsets, rank_offsets, frozen, dropout, seeds)
     fixed = ([weight.detach() for weight in weights], [None if bias is None else bias.detach() for bias in biases],
@@ -164,6 +166,11 @@ def lora_linears(x: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], Bs:
     else:
         ys, _ = torch.ops.flora.lora_linear(flat, *_forward_order(As, Bs, *fixed))
     return tuple(y.reshape(*x.shape[:-1], shape[0]) for y, shape in zip(ys, shapes, strict=True))
+
+
+def _rows(t: Tensor) -> Tensor:
+    """t as a matrix of its last axis. reshape(-1, n) cannot say how many rows there are where n is 0."""
+    return t.flatten(0, -2) if t.dim() > 1 else t[None]
 
 
 def lora_add_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Tensor, *,
@@ -184,16 +191,20 @@ def lora_add_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Tensor, *,
     check_writable("y", y)
     shape = (y.shape[-1], x.shape[-1])
     check_ranks("adapter", (A, B, scale), shape, x.device)
-    flat = x.to(y.dtype).reshape(-1, shape[1])
+    check_reverse(y, x, A, B)
+    if not torch.compiler.is_compiling():
+        check_no_leaf("y", y)
+        x = x.clone() if torch._C._is_alias_of(x, y) else x                 # it is read after y is written, and for the backward
+    flat = _rows(x.to(y.dtype))
     held, segments, [width], keys = _routing(flat, [A], [shape], row_offsets, rank_offsets, None if frozen is None else [frozen],
                                              dropout, [seed])
     fixed = (scale.detach().float(), held, segments, width, float(dropout), keys[0] if keys else None)
     if y.dim() == 2:
         return _LoRAAdd.apply(y, flat, *fixed, A, B)
     if y.is_contiguous():
-        _LoRAAdd.apply(y.view(-1, shape[0]), flat, *fixed, A, B)
+        _LoRAAdd.apply(_rows(y), flat, *fixed, A, B)
         return y
-    return y.copy_(_LoRAAdd.apply(y.reshape(-1, shape[0]).clone(), flat, *fixed, A, B).view(y.shape))
+    return y.copy_(_LoRAAdd.apply(_rows(y).clone(), flat, *fixed, A, B).view(y.shape))
 
 
 def _routing(x: Tensor, As: Sequence[Tensor], shapes: Sequence[tuple[int, int]], row_offsets, rank_offsets,
@@ -202,7 +213,8 @@ def _routing(x: Tensor, As: Sequence[Tensor], shapes: Sequence[tuple[int, int]],
     layer has, and a key for every row and layer where there is dropout."""
     check("dropout", 0.0 <= dropout < 1.0, "a probability in [0, 1)", dropout)
     segments = segments_of(row_offsets, rank_offsets, x.shape[0], [A.shape[0] for A in As])
-    check("frozen", frozen is None or len(frozen) == len(As), f"{len(As)} entries, one a layer", frozen and len(frozen))
+    if frozen is not None and (len(frozen) != len(As) or any(one is None for one in frozen)):
+        check("frozen", False, f"{len(As)} entries, one a layer and none of them None", [type(one).__name__ for one in frozen])
     pairs = [frozen_operand(one, shape, x.device, segments) for one, shape in zip(frozen or (), shapes, strict=bool(frozen))]
     ranges = pairs[0][1] if pairs else None
     for _, other in pairs[1:]:

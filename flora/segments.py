@@ -28,9 +28,12 @@ class Frozen:
     def __init__(self, A: Tensor, B: Tensor, scale: Tensor, ranges: Sequence[Sequence[int]] | Tensor | None = None):
         self.A, self.B, self.scale, self.ranges = A.detach(), B.detach(), scale.detach(), None
         if ranges is not None:
-            listed = ranges.tolist() if isinstance(ranges, Tensor) else [tuple(pair) for pair in ranges]
-            good = all(len(pair) == 2 and 0 <= pair[0] <= pair[1] <= A.shape[0] for pair in listed)
-            check("frozen ranges", good, f"a pair 0 <= start <= stop <= {A.shape[0]} for each client", listed)
+            try:
+                listed = [tuple(map(index, pair)) for pair in (ranges.tolist() if isinstance(ranges, Tensor) else ranges)]
+            except TypeError:                                                 # no pairs, or numbers that are no ints
+                listed = None
+            good = listed is not None and all(len(pair) == 2 and 0 <= pair[0] <= pair[1] <= A.shape[0] for pair in listed)
+            check("frozen ranges", good, f"a pair of ints 0 <= start <= stop <= {A.shape[0]} for each client", ranges)
             self.ranges = torch.tensor(listed, dtype=torch.int64).reshape(-1, 2)
 
 
@@ -120,13 +123,16 @@ def row_keys(*parts: int | Tensor) -> Tensor:
 
 
 def keys_of(seed: int | Tensor | None, rows: int, device: torch.device) -> Tensor:
-    """int64 (M,) keys of the rows: given, or derived from a seed and the row's number."""
+    """int64 (M,) keys of the rows: given, or derived from a seed and the row's number.
+
+    Without a seed one is drawn where x is, by that device's generator: torch.manual_seed repeats it, and nothing waits for a copy.
+    """
     if isinstance(seed, Tensor) and seed.dim() > 0:
         check("seed", tuple(seed.shape) == (rows,) and seed.dtype == torch.int64, f"int64 keys ({rows},), one a row of x",
               f"{seed.dtype} {tuple(seed.shape)}")
         return seed.to(device)
     if seed is None:
-        seed = torch.randint(1 << 62, ())
+        seed = torch.randint(1 << 62, (), device=device)
     check("seed", isinstance(seed, int) or (isinstance(seed, Tensor) and seed.dtype == torch.int64),
           "an int, an int64 tensor or None", seed)
     part = seed.to(device) if isinstance(seed, Tensor) else seed

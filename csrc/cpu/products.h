@@ -43,10 +43,11 @@ inline constexpr ScalarType kDtype<double> = ScalarType::Double;
 template <>
 inline constexpr ScalarType kDtype<BFloat16> = ScalarType::BFloat16;
 
-// n panels in groups of at most `most`, as equal as can be, so that threads have equal shares.
+// n panels in groups of at most `most`, as equal as can be, so that threads have equal shares; no group where there are none.
 struct Groups {
   int64_t n, count, size;
-  Groups(int64_t n, int64_t most) : n(n), count(ceil_div(n, most)), size(ceil_div(n, count)) {}
+  Groups(int64_t n, int64_t most)
+      : n(n), count(ceil_div(n, std::max<int64_t>(1, most))), size(ceil_div(n, std::max<int64_t>(1, count))) {}
   int64_t begin(int64_t group) const { return group * n / count; }
 };
 

@@ -21,19 +21,29 @@ WHEN_FORCED = dict.fromkeys(_NAMES, ("cpu",)) if triton.knobs.runtime.interpret 
 REFUSED = {(device, torch.float64): f"no float64 kernels for {device}" for device in ("cuda", "cpu")}
 
 
-class _Call:
-    """What the layers of one call share: whose ranks are whose, and where each layer's columns of h lie."""
+def _extent(t: Tensor) -> int:
+    """One more than the largest offset of an element."""
+    return sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1 if t.numel() else 0
 
-    def __init__(self, As, Bs, frozen, row_offsets, rank_offsets, frozen_ranges, widths, dropout, keys):
-        for factor in (*As, *Bs):
-            if len(As) * factor.numel() >= 1 << 31:
-                raise BackendError(f"expected factors of fewer than 2³¹ elements, {len(As)} layers together; got "
-                                   f"{tuple(factor.shape)}. Split the clients over several calls.")
+
+class _Call:
+    """What the layers of one call share: whose ranks are whose, and where each layer's columns of h lie.
+
+    The kernels read scales and keys as vectors without gaps, and count the elements of a factor in 32 bits.
+    """
+
+    def __init__(self, As, Bs, scales, frozen, row_offsets, rank_offsets, frozen_ranges, widths, dropout, keys):
+        for factor in (*As, *Bs, *frozen):
+            if len(As) * _extent(factor) >= 1 << 31:
+                raise BackendError(f"expected factors that span fewer than 2³¹ elements, {len(As)} layers together; got "
+                                   f"{tuple(factor.shape)}, strides {factor.stride()}. Split the clients over several calls, or "
+                                   "make the factors contiguous.")
         self.L, self.segmented, self.widths = len(As), row_offsets is not None, list(widths)
-        self.dropout, self.keys = dropout, keys
+        self.dropout, self.keys, self.scales = dropout, [key.contiguous() for key in keys], [s.contiguous() for s in scales]
         self.of = [tiles.training_ranks(row_offsets, rank_offsets, A.shape[0]) for A in As]
         self.starts = [sum(self.widths[:layer]) for layer in range(self.L)]
-        self.frozen = [tuple(frozen[3 * i:3 * i + 3]) for i in range(self.L)] if frozen else [None] * self.L
+        self.frozen = [(frozen[3 * i], frozen[3 * i + 1], frozen[3 * i + 2].contiguous()) if frozen else None
+                       for i in range(self.L)]
         self.f_of = [f and tiles.frozen_ranks(row_offsets, frozen_ranges, f[0].shape[0]) for f in self.frozen]
         # Layers side by side: with clients, as many equal blocks of ranks; without, one adapter of all their ranks.
         total = sum(self.widths)
@@ -55,14 +65,15 @@ class _Call:
         return shrink(x, factor, self.frozen[layer][2], of, factor.shape[0] if of.bounds is not None else of.ranks)
 
 
-def _reduced(x: Tensor, call: _Call, As: Sequence[Tensor], scales: Sequence[Tensor], form: rule.Form) -> Tensor:
+def _reduced(x: Tensor, call: _Call, As: Sequence[Tensor], form: rule.Form) -> Tensor:
     """h of all layers, (M, Σ widths): one pass over x, unless dropout gives each layer another x."""
     if call.keys and call.L > 1:
         h = x.new_empty(x.shape[0], sum(call.widths))
         for i in range(call.L):
-            shrink(x, As[i], scales[i], call.of[i], call.widths[i], keys=call.keys[i], dropout=call.dropout, out=call.columns(h, i))
+            shrink(x, As[i], call.scales[i], call.of[i], call.widths[i], keys=call.keys[i], dropout=call.dropout,
+                   out=call.columns(h, i))
         return h
-    A, scale = call.side_by_side(As), call.side_by_side(scales)
+    A, scale = call.side_by_side(As), call.side_by_side(call.scales)
     if form.skinny == "torch":
         return ((x @ A.to(x.dtype).T) * scale).to(x.dtype)
     return shrink(x, A, scale, *call.shared, keys=call.keys[0] if call.keys else None, dropout=call.dropout)
@@ -90,9 +101,9 @@ def lora_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | 
                 rank_offsets: Tensor | None, frozen_ranges: Tensor | None, widths: Sequence[int], dropout: float,
                 keys: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """y_l = x W_lᵀ + bias_l + h_l B_lᵀ for every layer, and h: see kernels.reference.lora_linear."""
-    call = _Call(As, Bs, frozen, row_offsets, rank_offsets, frozen_ranges, widths, dropout, keys)
+    call = _Call(As, Bs, scales, frozen, row_offsets, rank_offsets, frozen_ranges, widths, dropout, keys)
     forms = [call.form("forward", x.shape[0], tuple(weight.shape), x) for weight in weights]
-    h = _reduced(x, call, As, scales, forms[0])
+    h = _reduced(x, call, As, forms[0])
     ys = []
     for i, (weight, bias, form) in enumerate(zip(weights, biases, forms, strict=True)):
         if form.base == "fused":
@@ -100,7 +111,7 @@ def lora_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | 
             if call.frozen[i]:
                 held = (call.frozen_h(i, x, call.frozen[i][0]), call.frozen[i][1], call.f_of[i])
             y = add_low_rank(x.new_empty(x.shape[0], weight.shape[0]), call.columns(h, i), Bs[i], call.of[i], call.widths[i], x=x,
-                             w=weight, bias=bias, frozen=held)
+                             w=weight, bias=None if bias is None else bias.contiguous(), frozen=held)
         else:
             y = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
             _add_layer(y, x, call.columns(h, i), Bs[i], call, i, form)
@@ -112,9 +123,10 @@ def lora_add_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Tensor, frozen:
               rank_offsets: Tensor | None, frozen_ranges: Tensor | None, width: int, dropout: float,
               keys: Tensor | None) -> Tensor:
     """y += h Bᵀ, in place; returns h (M, width)."""
-    call = _Call([A], [B], frozen, row_offsets, rank_offsets, frozen_ranges, [width], dropout, [] if keys is None else [keys])
+    call = _Call([A], [B], [scale], frozen, row_offsets, rank_offsets, frozen_ranges, [width], dropout,
+                 [] if keys is None else [keys])
     form = call.form("forward", x.shape[0], (B.shape[0], A.shape[1]), x)
-    h = _reduced(x, call, [A], [scale], form)
+    h = _reduced(x, call, [A], form)
     target = y if y.stride(1) == 1 else y.contiguous()                # the kernels write whole rows
     _add_layer(target, x, h, B, call, 0, form)
     if target is not y:
@@ -127,7 +139,7 @@ def lora_linear_backward(dys: Sequence[Tensor], x: Tensor | None, h: Tensor, wei
                          rank_offsets: Tensor | None, frozen_ranges: Tensor | None, widths: Sequence[int], dropout: float,
                          keys: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """dx, every dA and every dB: see kernels.reference.lora_linear_backward. dys: rows contiguous."""
-    call = _Call(As, Bs, frozen, row_offsets, rank_offsets, frozen_ranges, widths, dropout, keys)
+    call = _Call(As, Bs, scales, frozen, row_offsets, rank_offsets, frozen_ranges, widths, dropout, keys)
     L, M, K = call.L, dys[0].shape[0], As[0].shape[1]
     need_x, need_As, need_Bs = needs[0], needs[1:L + 1], needs[L + 1:]
     forms = [call.form("backward", M, (B.shape[0], K), dys[0]) for B in Bs]
@@ -137,7 +149,7 @@ def lora_linear_backward(dys: Sequence[Tensor], x: Tensor | None, h: Tensor, wei
     for i in range(L):
         wanted = need_x or need_As[i]
         if wanted or need_Bs[i]:
-            _through_dy(dys[i], Bs[i], scales[i], h, dh, dBs[i], call, i, forms[i], wanted, need_Bs[i])
+            _through_dy(dys[i], Bs[i], call.scales[i], h, dh, dBs[i], call, i, forms[i], wanted, need_Bs[i])
     dx = _dx(dys, dh, weights, As, call, forms) if need_x else dys[0].new_empty(0)
     return dx, _dAs(x, dh, As, call, forms[0], need_As), dBs
 

@@ -140,6 +140,8 @@ def dy_pass(dy: Tensor, b: Tensor, scale: Tensor, h: Tensor, dh: Tensor, dB: Ten
     config = config or dy_pass_config(M, width, dy.dtype)
     table, count, ranks = _chunks(of, M, config.block_m, width, dy.device)
     parts = torch.empty(ranks, N, dtype=torch.float32, device=dy.device)
+    if not N:
+        dh.zero_()                                                  # a sum of nothing: no kernel runs
     if count and N and width:
         dy_pass_kernel[count,](
             dy, b, scale, h, dh, parts, table, M, N, of.first, of.ranks, width, dy.stride(0), b.stride(1), b.stride(0), h.stride(0),
