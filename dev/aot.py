@@ -1,7 +1,8 @@
-"""Compiles every Triton kernel and shipped configuration for sm_80 and sm_90, without a GPU: a table, and aot.json.
+"""Compiles every Triton kernel and shipped configuration for sm_80 and sm_90, without a GPU: a table, and aot.json. For sm_86 and
+sm_89, which give a block less shared memory, what they get instead of the blocks that are too large for them.
 
-Fails on spilled registers, on shared memory over the card's limit, and on a 16-bit matrix kernel with a row tile of 64 or more
-that has no wgmma on sm_90.
+Fails on spilled registers, on shared memory over what a configuration says or a card gives, and on a 16-bit matrix kernel with a
+row tile of 64 or more that has no wgmma on sm_90.
 """
 import json
 import os

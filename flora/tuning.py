@@ -28,7 +28,8 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="flora tune", description=__doc__)
     parser.add_argument("--shapes", nargs="+", type=_shape, default=SHAPES, metavar="OUTxIN", help="linears, as out x in")
     parser.add_argument("--rows", nargs="+", type=_positive, default=(512, 2048, 8192, 32768), help="rows of x: tokens of a batch")
-    parser.add_argument("--ranks", nargs="+", type=_positive, default=(4, 16, 64, 256), help="ranks, all clients together")
+    parser.add_argument("--ranks", nargs="+", type=_positive, default=(4, 16, 64, 256),
+                        help="ranks of an adapter: of one client, where there are ten")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     options = parser.parse_args(arguments)
 
@@ -39,10 +40,10 @@ def main(arguments: list[str]) -> None:
         raise BackendError("expected an NVIDIA GPU to measure on; found none. Nothing has to be tuned for the CPU.")
     with kernels.use("triton"):
         from flora.kernels.triton.rule import FLOOR, device_key, own_tables
-        from flora.kernels.triton.tune import CLIENTS, Shape, tune
+        from flora.kernels.triton.tune import Shape, tune
 
         shapes = [Shape(rows, *shape, ranks, clients) for shape, rows, ranks, clients in
-                  itertools.product(options.shapes, options.rows, options.ranks, (False, True)) if not clients or ranks >= CLIENTS]
+                  itertools.product(options.shapes, options.rows, options.ranks, (False, True))]
         total = 2 * len(shapes)
         for number, result in enumerate(tune(shapes, getattr(torch, options.dtype)), 1):
             against = result.seconds.get(FLOOR) or next(iter(result.seconds.values()))

@@ -4,6 +4,7 @@ import json
 import oracles
 import pytest
 import torch
+from tiny import ROOT
 
 from flora import kernels
 from flora.kernels import reference
@@ -132,22 +133,42 @@ def test_tables_of_clients():
     assert tiles.row_tiles(tiles.training_ranks(rows.clone(), ranks, 10), 32, device) is not tiles.row_tiles(of, 32, device)
 
 
+def test_what_was_compiled_takes_no_more_shared_memory_than_its_configuration_says():
+    """The record of make aot, which compiled every shipped configuration."""
+    from flora.kernels.triton import aot
+    record = json.loads((ROOT / "benchmarks" / "results" / "aot.json").read_text())
+    cases = list(aot.cases())
+    assert len(record) == len(cases) and {86, 89} < {case.arch for case in cases}
+    for case, result in zip(cases, record, strict=True):
+        assert result["arch"] == f"sm_{case.arch}" and not aot.faults(case, result)
+
+
+def test_equal_ranges_of_frozen_ranks_are_one_table():
+    rows, ranges, device = offsets((5, 70)), torch.tensor([(0, 2), (1, 3)]), torch.device("cpu")
+    tables = [tiles.clients(tiles.frozen_ranks(rows, ranges.clone(), 3), device) for _ in range(3)]
+    assert all(table is tables[0] for table in tables) and len(tiles._KEPT[rows]) == 2
+    assert tiles.clients(tiles.frozen_ranks(rows, ranges - ranges, 3), device).tolist() == [[0, 5, 0, 0], [5, 75, 0, 0]]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_every_shape_gets_a_shipped_configuration_that_its_card_has(dtype, monkeypatch):
     device = torch.device("cpu")
-    for arch in (80, 90, 100):
+    for arch, shared in ((80, 166_912), (86, 101_376), (89, 101_376), (90, 232_448), (100, 232_448), (120, 101_376)):
         monkeypatch.setattr(configs, "arch_of", lambda device, arch=arch: arch)
+        monkeypatch.setattr(configs, "shared_of", lambda device, shared=shared: shared)
         for M in (1, 63, 64, 1000, 2048, 32768):
             for ranks in (1, 16, 17, 64, 65, 300, 1024):
                 for N in (64, 2048, 28672):
                     for parts in (False, True):
                         chosen = configs.linear_config(M, N, ranks, dtype, parts, device)
                         assert chosen in configs.SHIPPED["linear_parts" if parts else "linear"] and chosen.arch <= arch
+                        assert chosen.shared <= shared
                         chosen = configs.expand_config(M, ranks, dtype, parts)
                         assert chosen in configs.SHIPPED["expand_parts" if parts else "expand"]
                 assert configs.outer_config(M, ranks, dtype) in configs.SHIPPED["outer"]
                 chosen = configs.shrink_config(M, 4096, ranks, dtype, device)
                 assert any(configs.replace(chosen, splits=c.splits) == c for c in configs.SHIPPED["shrink"])
+                assert chosen.shared <= shared and (ranks <= 64 or dtype == torch.float32 or M < 64 or chosen.block_r == 128)
                 if ranks <= configs.ONE_PASS_RANKS:
                     chosen = configs.dy_pass_config(M, ranks, dtype)
                     assert chosen in configs.SHIPPED["dy_pass"] and chosen.block_r >= ranks
@@ -206,6 +227,18 @@ def test_tuning_measures_every_form_and_writes_what_the_rule_reads(tmp_path, mon
     ticks = dict.fromkeys(rule.FORMS, 1.0) | {rule.FORMS[3]: 0.98}
     assert {r.form for r in tune.tune([shape], torch.float32, DEVICE)} == {forms[0]}
     rule.table.cache_clear(), rule._form.cache_clear()
+
+
+def test_a_call_asks_for_what_its_measurement_was_written_under(monkeypatch):
+    """Ten clients as one: by the ranks of the largest."""
+    from flora.kernels.triton import tune
+    asked = []
+    monkeypatch.setattr(rule, "_form", lambda *a: asked.append(rule.shape_key(*a[:6], a[7])) or rule.Form("triton", "torch"))
+    for segmented in (False, True):
+        shape = tune.Shape(40, 33, 35, 20, segmented)
+        for op, call in tune._passes(shape, torch.float32, DEVICE).items():
+            call()
+            assert asked.pop() == rule.shape_key(op, *shape, torch.float32) and not asked
 
 
 def test_tuning_runs_the_operators_themselves():

@@ -23,7 +23,9 @@ REFUSED = {(device, torch.float64): f"no float64 kernels for {device}" for devic
 
 def _extent(t: Tensor) -> int:
     """One more than the largest offset of an element."""
-    return sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1 if t.numel() else 0
+    if t.is_contiguous():
+        return t.numel()
+    return sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1
 
 
 class _Call:

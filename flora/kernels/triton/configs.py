@@ -9,8 +9,9 @@ import torch
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes (rows, output columns, inner columns, ranks), parts that K is split into, warps, pipeline stages, and the
-    oldest architecture (compute capability times ten) that it is for."""
+    """Tile sizes (rows, output columns, inner columns, ranks), parts that K is split into, warps, pipeline stages, the oldest
+    architecture (compute capability times ten) that it is for, and the bytes of shared memory that a block takes where they are
+    more than the 99 KiB that every such card gives (make aot holds both to what the compiler says)."""
     block_m: int = 64
     block_n: int = 64
     block_k: int = 64
@@ -19,15 +20,17 @@ class Config:
     num_warps: int = 4
     num_stages: int = 3
     arch: int = 80
+    shared: int = 0
 
 
 # Kernel -> its configurations, the first for few rows and for fp32. "_parts": calls with clients, dropout or frozen ranks, which
 # hold a tile's sums twice.
 SHIPPED = {
     "shrink": (Config(32, 0, 64, 16, 4), Config(64, 0, 128, 16), Config(64, 0, 64, 64), Config(128, 0, 64, 16),
-               Config(128, 0, 64, 64), Config(128, 0, 64, 128, num_warps=8)),
+               Config(128, 0, 64, 64), Config(128, 0, 64, 128, num_warps=8, num_stages=2),
+               Config(128, 0, 64, 128, num_warps=8, shared=131_072)),
     "linear": (Config(32, 64, 32, 16), Config(64, 64, 64, 16), Config(128, 128, 64, 16, num_warps=8),
-               Config(128, 128, 64, 64, num_warps=8), Config(128, 256, 64, 16, num_warps=8, arch=90)),
+               Config(128, 128, 64, 64, num_warps=8), Config(128, 256, 64, 16, num_warps=8, arch=90, shared=147_456)),
     "linear_parts": (Config(32, 32, 32, 16), Config(64, 64, 64, 16), Config(128, 64, 64, 16, num_warps=8),
                      Config(128, 128, 64, 16, num_warps=8, arch=90)),
     "expand": (Config(32, 64, 0, 16, num_stages=2), Config(64, 128, 0, 16, num_stages=2),
@@ -52,6 +55,16 @@ def arch_of(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def shared_of(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have; those of an H100 under the interpreter."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 232_448
+
+
+def fits(config: Config, device: torch.device) -> bool:
+    """Whether a card is new enough for a configuration and has the shared memory that it takes."""
+    return config.arch <= arch_of(device) and (not config.shared or config.shared <= shared_of(device))
+
+
 def _small(M: int, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or M < 64
 
@@ -71,7 +84,7 @@ def shrink_config(M: int, K: int, columns: int, dtype: torch.dtype, device: torc
     """Splits K until there are two tiles a multiprocessor, in parts of at least four steps, eight parts at most."""
     config = _by_rank("shrink", M, columns, dtype)
     if columns > 64 and config.block_r == 64:
-        config = SHIPPED["shrink"][-1]
+        config = next(c for c in reversed(SHIPPED["shrink"]) if fits(c, device))
     tiles = -(-M // config.block_m) * -(-columns // config.block_r)
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
     splits = max(1, min(2 * processors // tiles, 8, K // (4 * config.block_k)))
@@ -83,7 +96,7 @@ def linear_config(M: int, N: int, ranks: int, dtype: torch.dtype, parts: bool, d
     shipped = SHIPPED["linear_parts" if parts else "linear"]
     if _small(M, dtype) or M < 1024:
         return shipped[0 if _small(M, dtype) else 1]
-    wide = shipped[-1] if N >= 2048 and shipped[-1].arch <= arch_of(device) else shipped[2]
+    wide = shipped[-1] if N >= 2048 and fits(shipped[-1], device) else shipped[2]
     return shipped[3] if not parts and ranks > 64 else wide
 
 

@@ -31,7 +31,8 @@ def outer_kernel(p, q, parts, table, keys, M, C, ranks, layers, width, sp_m, sq_
     for start in range(row, stop, BLOCK_M):
         rows = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
         row_ok = rows < stop
-        q_tile = tl.load(q + rows[:, None] * sq_m + columns[None, :] * sq_c, mask=row_ok[:, None] & column_ok[None, :], other=0.0)
+        q_tile = tl.load(q + rows[:, None] * sq_m + columns.to(tl.int64)[None, :] * sq_c, mask=row_ok[:, None] & column_ok[None, :],
+                         other=0.0)
         if DROPOUT:
             keep = kept(keys, rows, row_ok, columns, threshold)
             q_tile = rounded(tl.where(keep, q_tile.to(tl.float32) * grow, 0.0), q_tile.dtype)

@@ -54,9 +54,10 @@ def linear_kernel(x, w, bias, y, h, b, hf, bf, clients, spans, f_clients, keys, 
         for start in range(0, K, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             k_ok = k < K
-            x_tile = tl.load(x + rows[:, None] * sx_m + k[None, :] * sx_k, mask=row_ok[:, None] & k_ok[None, :], other=0.0)
-            w_tile = tl.load(w + columns[None, :].to(tl.int64) * sw_n + k[:, None] * sw_k, mask=k_ok[:, None] & column_ok[None, :],
-                             other=0.0)
+            far = k.to(tl.int64)                                   # x and w may span more elements than 32 bits count
+            x_tile = tl.load(x + rows[:, None] * sx_m + far[None, :] * sx_k, mask=row_ok[:, None] & k_ok[None, :], other=0.0)
+            w_tile = tl.load(w + columns[None, :].to(tl.int64) * sw_n + far[:, None] * sw_k,
+                             mask=k_ok[:, None] & column_ok[None, :], other=0.0)
             acc = dot(x_tile, rounded(w_tile, x_tile.dtype), acc)
     if BIAS:
         acc += tl.load(bias + columns, mask=column_ok, other=0.0).to(tl.float32)[None, :]

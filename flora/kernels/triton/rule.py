@@ -4,8 +4,9 @@
     base   "torch": cuBLAS, then one expand on top of it.       "fused": our GEMM with the ranks in its accumulator
 
 What was measured on this card decides: the table that `flora tune` wrote, else the one shipped for the card, by the power of
-two that each of rows, out, in and ranks rounds to. A shape that no table has gets cuBLAS throughout, which is the `addmm_`
-form that flora never falls below; clients and dropout get our skinny passes and cuBLAS for the base.
+two that each of rows, out, in and ranks rounds to: the ranks of the largest client, of all layers of the call. A shape that no
+table has gets cuBLAS throughout, which is the `addmm_` form that flora never falls below; clients and dropout get our skinny
+passes and cuBLAS for the base.
 """
 import contextlib
 import functools

@@ -33,7 +33,7 @@ def shrink_kernel(x, A, scale, h, table, keys, M, K, first, ranks, layers, width
     for start in range(begin, tl.minimum(begin + step, K), BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         k_ok = k < K
-        x_tile = tl.load(x + rows[:, None] * sx_m + k[None, :] * sx_k, mask=row_ok[:, None] & k_ok[None, :], other=0.0)
+        x_tile = tl.load(x + rows[:, None] * sx_m + k.to(tl.int64)[None, :] * sx_k, mask=row_ok[:, None] & k_ok[None, :], other=0.0)
         if DROPOUT:
             keep = kept(keys, rows, row_ok, k, threshold)
             x_tile = rounded(tl.where(keep, x_tile.to(tl.float32) * grow, 0.0), x_tile.dtype)

@@ -34,7 +34,8 @@ def frozen_ranks(row_offsets: Tensor | None, ranges: Tensor | None, F: int) -> R
     if row_offsets is None:
         start, stop = ranges[0].tolist()
         return Ranks(None, None, start, stop - start)
-    return Ranks(row_offsets, ranges, 0, F)
+    key = ("ranges", *ranges.flatten().tolist())              # by value: a call may bring equal ranges in a tensor of its own
+    return Ranks(row_offsets, _kept(row_offsets, key, None, lambda: ranges), 0, F)
 
 
 def _kept(owner: Tensor, key: tuple, other: Tensor | None, build):

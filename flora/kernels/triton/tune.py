@@ -19,7 +19,7 @@ CLIENTS = 10
 
 
 class Shape(NamedTuple):
-    """A call to measure: rows, out_features, in_features, ranks, whether ten clients share rows and ranks."""
+    """A call to measure: rows, out_features, in_features, the ranks that a row sees, whether ten clients share the rows."""
     M: int
     N: int
     K: int
@@ -39,12 +39,11 @@ def _passes(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Callable
     M, N, K, R, segmented = shape
     new = {"dtype": dtype, "device": device}
     x, dy, W = torch.randn(M, K, **new), torch.randn(M, N, **new), torch.randn(N, K, **new)
-    A, B, scale = torch.randn(R, K, **new), torch.randn(N, R, **new), torch.ones(R, device=device)
-    count = min(CLIENTS, R) if segmented else 1
-    offsets = [torch.tensor([n * k // count for k in range(count + 1)]) for n in (M, R)] if segmented else [None, None]
-    width = max(R * (k + 1) // count - R * k // count for k in range(count))
-    shared = ([A], [B], [scale], [], *offsets, None, [width], 0.0, [])
-    h = torch.randn(M, width, **new)
+    count = CLIENTS if segmented else 1
+    A, B, scale = torch.randn(count * R, K, **new), torch.randn(N, count * R, **new), torch.ones(count * R, device=device)
+    offsets = [torch.tensor([n * k // count for k in range(count + 1)]) for n in (M, count * R)] if segmented else [None, None]
+    shared = ([A], [B], [scale], [], *offsets, None, [R], 0.0, [])
+    h = torch.randn(M, R, **new)
     return {"forward": lambda: backend.lora_linear(x, [W], [None], *shared),
             "backward": lambda: backend.lora_linear_backward([dy], x, h, [W], *shared, [True] * 3)}
 
