@@ -2,18 +2,23 @@
 
 A module is wrapped, not rebuilt: the wrapper holds the original as `base`, so weights stay tied as they were, nothing is copied,
 and detach puts back the very same object. A base is an `nn.Linear`, GPT-2's `Conv1D`, whose weight is stored transposed, or a
-quantised linear that only its own forward can multiply with: then the LoRA path is added to what that gives.
+linear that only its own forward can multiply with (quantised, hooked, a forward of its own): then the LoRA path is added to that.
 """
 import itertools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from flora import ops
 from flora.adapter import Adapter, fresh
 from flora.errors import TargetError
 from flora.seeds import derive
+
+if TYPE_CHECKING:
+    from flora.shared import SharedInput
 
 
 @dataclass
@@ -31,7 +36,9 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Conv1D, nn.Linear or a subclass with no state but weight and bias; not the one that attention reads past its forward."""
+    """Conv1D, nn.Linear or a subclass with no state but weight and bias; not the one that attention reads past its forward.
+
+    Its weight can be read; its product is x Wᵀ + bias, unless computes_itself says that its forward has to be asked."""
     if is_opaque(module):
         return False
     plain = set(module._parameters) <= {"weight", "bias"} and not module._buffers
@@ -41,7 +48,8 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_opaque(module: nn.Module) -> bool:
     """A linear module whose weight is no plain floating-point matrix (4-bit, 8-bit, FP8, packed): it says in_features and
-    out_features, and has no submodules. Its product is its own; nothing can be merged into it."""
+    out_features, and has no submodules. Its product is its own; nothing can be merged into it. (A plain weight whose product is its
+    own all the same: computes_itself.)"""
     sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     if isinstance(module, Accumulated):
         return True
@@ -50,6 +58,37 @@ def is_opaque(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     plain = isinstance(weight, Tensor) and type(weight.data) is Tensor and weight.dtype in ops.FLOATS
     return not plain and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def overrides(module: nn.Module) -> bool:
+    """Whether a linear module has a forward of its own, by its class or put on the instance: what it does with the weight is not
+    known, so an update merged into the weight need not be the one that an adapter adds. accelerate's hooks are no such forward, nor
+    is Falcon's, which spells out nn.Linear's."""
+    own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    return (own and type(module).__name__ != "FalconLinear") or ("forward" in module.__dict__ and not hasattr(module, "_hf_hook"))
+
+
+def computes_itself(module: nn.Module) -> bool:
+    """Whether a linear module has to be called for its product: it has forward hooks (accelerate's replace the forward of the
+    instance) or a forward of its own. An adapter attached to it adds to what it gives, as to a quantised one."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__) or overrides(module)
+
+
+def own_product(module: nn.Module, x: Tensor) -> Tensor:
+    """What a module gives for x, to be added to in place: a copy where a forward or a hook may keep it, or give x itself."""
+    y = module(x)
+    if not isinstance(y, Tensor):
+        raise TargetError(f"expected a tensor from a linear module; {type(module).__name__} gives a {type(y).__name__}. "
+                          "Leave it out of targets.")
+    return y.clone() if computes_itself(module) else y
+
+
+def refuse_parametrized(module: nn.Module, name: str = "") -> None:
+    """Raises TargetError for a weight that is computed at every use: what is written to it is lost."""
+    if parametrize.is_parametrized(module, "weight"):
+        raise TargetError(f"{name or type(module).__name__}: expected a weight that is a parameter; it is computed by "
+                          "torch.nn.utils.parametrize. Call torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') "
+                          "first, or leave it out of targets.")
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
@@ -90,7 +129,7 @@ class Accumulated(nn.Module):
         return Adapter(self.A, self.B, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.lora_add_(self.base(x), x, self.A, self.B, self.scale)
+        return ops.lora_add_(own_product(self.base, x), x, self.A, self.B, self.scale)
 
     def _apply(self, fn, recurse: bool = True):
         scale = self.scale
@@ -114,6 +153,8 @@ class LoRALinear(nn.Module):
         if not (self.opaque or is_linear(base)):
             raise TargetError(f"expected an nn.Linear, a Conv1D or a quantised linear; got {type(base).__name__}. "
                               "Leave it out of targets.")
+        refuse_parametrized(base)
+        self.opaque |= computes_itself(base)
         if not 0.0 <= dropout < 1.0:
             raise TargetError(f"expected a dropout in [0, 1); got {dropout}")
         self.base, self.dropout, self.routing, self.name = base, dropout, Routing(), ""
@@ -169,7 +210,7 @@ class LoRALinear(nn.Module):
         options = {"row_offsets": self.routing.segments, "frozen": self.frozen, "seed": self.seed(),
                    "dropout": self.dropout if self.training else 0.0}
         if self.opaque:
-            return ops.lora_add_(self.base(x), x, self.A, self.B, self.scale, **options)
+            return ops.lora_add_(own_product(self.base, x), x, self.A, self.B, self.scale, **options)
         return ops.lora_linear(x, matrix(self.base), self.A, self.B, self.scale, self.base.bias, **options)
 
     def _apply(self, fn, recurse: bool = True):
@@ -180,58 +221,3 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rank={self.A.shape[0]}, dropout={self.dropout}"
-
-
-class SharedInput:
-    """Layers that read the same tensor (q, k and v; gate and up): the first one called computes all of them in one pass of x.
-
-    It works while their parent module's forward runs, and not outside: no output waits longer than that. Where a layer is
-    called with another tensor after all (cross-attention), what waited is dropped and the layers go their own ways for good.
-    """
-
-    def __init__(self, parent: nn.Module, layers: list[LoRALinear]):
-        self.layers, self.running, self.x, self.waiting = layers, False, None, {}
-        self._hooks = [parent.register_forward_pre_hook(self._start), parent.register_forward_hook(self._stop, always_call=True)]
-        for layer in layers:
-            layer.shared = self
-
-    def _start(self, *_) -> None:
-        self.running = not torch.compiler.is_compiling()
-
-    def _stop(self, *_) -> None:
-        self.running, self.x, self.waiting = False, None, {}
-
-    def part(self) -> None:
-        """Ends the sharing."""
-        self._stop()
-        for hook in self._hooks:
-            hook.remove()
-        for layer in self.layers:
-            layer.shared = None
-
-    def take(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
-        """The layer's output for x, or None where it has to compute alone."""
-        if not self.running or not self._alike():
-            return None
-        if self.x is None:
-            self.x = x
-            first = self.layers[0]
-            dropout = first.dropout if first.training else 0.0
-            ys = ops.lora_linears(x, [matrix(m.base) for m in self.layers], [m.A for m in self.layers], [m.B for m in self.layers],
-                                  [m.scale for m in self.layers], [m.base.bias for m in self.layers],
-                                  row_offsets=first.routing.segments, dropout=dropout, seeds=[m.seed() for m in self.layers],
-                                  frozen=None if first.frozen is None else [m.frozen for m in self.layers])
-            self.waiting = dict(zip(self.layers, ys, strict=True))
-        if x is not self.x or layer not in self.waiting:
-            self.part()
-            return None
-        y = self.waiting.pop(layer)
-        if not self.waiting:
-            self.x = None
-        return y
-
-    def _alike(self) -> bool:
-        """Whether one call can serve all: the same dropout, and frozen ranks for all with the same ranges, or for none."""
-        first = self.layers[0]
-        return all(m.dropout == first.dropout and m.training == first.training and (m.frozen is None) == (first.frozen is None)
-                   and (m.frozen is None or m.frozen.ranges is first.frozen.ranges) for m in self.layers[1:])

@@ -9,8 +9,9 @@ from torch import nn
 from flora import ops
 from flora.adapter import Adapter, Adapters, compress, norm, stack
 from flora.errors import AdapterError, TargetError
-from flora.layer import Accumulated, LoRALinear, Routing, SharedInput, is_opaque, matrix
+from flora.layer import Accumulated, LoRALinear, Routing, is_opaque, matrix, overrides, refuse_parametrized
 from flora.seeds import derive
+from flora.shared import SharedInput
 from flora.targets import bases_of, check_shape, linear_modules, lora_layers, refuse_tied, replace, target_shapes
 
 __all__ = ["attach", "adapters", "load_adapters", "merge", "accumulate", "accumulated", "weights", "load_weights", "residuals",
@@ -119,8 +120,8 @@ def merge(model: nn.Module, adapters: Adapters | Sequence[Adapters], *, rounding
     adapters: of one party, or a sequence of them (weighted: `adapter * p`), which are summed without being concatenated.
     rounding, seed: as ops.merge_many_; every layer draws from (seed, its name). residual: keep what rounding left of 16-bit
     weights in a bf16 tensor beside each (residuals(model)), so that hundreds of merges do not drift.
-    All or nothing. Raises TargetError for a layer that does not exist, does not fit, is quantised, or shares its weight with
-    another module; AdapterError for NaN or infinity in an adapter.
+    All or nothing. Raises TargetError for a layer that does not exist, does not fit, is quantised, computed or read by a
+    forward of its own, or shares its weight with another module; AdapterError for NaN or infinity in an adapter.
     """
     parties = [adapters] if isinstance(adapters, Mapping) else list(adapters)
     bases: dict[str, nn.Module] = {}
@@ -175,6 +176,11 @@ def _refuse_opaque(name: str, base: nn.Module) -> None:
         raise TargetError(f"{name}: expected a weight in floating point to write to; got a {type(base).__name__}, whose own is not."
                           " Keep the update beside it (flora.nn.accumulate; in a config, merge_into: adapter), or load the model "
                           "in floating point.")
+    refuse_parametrized(base, name)
+    if overrides(base):
+        raise TargetError(f"{name}: expected a module that gives x Wᵀ + bias; got a {type(base).__name__} with a forward of its "
+                          "own: an update merged into its weight need not do what the adapter did. Keep the update beside it "
+                          "(flora.nn.accumulate; in a config, merge_into: adapter), or leave it out of targets.")
 
 
 def _refuse_not_finite(name: str, adapters: Sequence[Adapter]) -> None:

@@ -6,7 +6,7 @@ from torch import nn
 
 from flora.adapter import Adapter, Adapters
 from flora.errors import TargetError
-from flora.layer import Accumulated, LoRALinear, is_linear, is_opaque, shape_of
+from flora.layer import Accumulated, LoRALinear, is_linear, is_opaque, refuse_parametrized, shape_of
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -58,6 +58,8 @@ def target_shapes(model: nn.Module, targets: str | Sequence[str] = "all-linear",
                           f"Linear modules of this model: {exist}; blocks: "
                           f"{sorted({i for n in linears if (i := _layer_index(n)) is not None})}.")
     refuse_tied(model, chosen)
+    for name, module in chosen.items():
+        refuse_parametrized(module, name)
     return {name: shape_of(module) for name, module in chosen.items()}
 
 
@@ -98,6 +100,7 @@ def bases_of(model: nn.Module, adapters: Adapters) -> dict[str, nn.Module]:
         if base is None:
             raise TargetError(f"expected a linear module named {name!r} in the model; got none. Was the adapter made for another "
                               "model?")
+        refuse_parametrized(base, name)
         check_shape(name, adapter, shape_of(base))
     refuse_tied(model, bases)
     return bases

@@ -11,7 +11,8 @@ LAYERS = [
     ["seeds", "files", "errors", "config"], ["checks"], ["segments", "memory"],
     ["kernels.reference", "kernels.native", "kernels.triton"], ["kernels"], ["library"], ["merges"], ["ops"],
     ["adapter"],
-    ["layer"], ["targets"], ["nn"], ["messages"], ["versions"], ["formats"], ["strategies"], ["data"], ["evaluate"], ["client"],
+    ["layer"], ["shared"], ["targets"],
+    ["nn"], ["messages"], ["versions"], ["formats"], ["strategies"], ["data"], ["evaluate"], ["client"],
     ["cohort"], ["group"], ["stream"], ["server"],
     ["checkpoint"], ["report"], ["engines.prepare"], ["engines.local", "engines.flower", "engines.nvflare"], ["engines"],
     ["integrations"], ["doctor", "tuning", "shards"], ["cli"]]
