@@ -70,7 +70,8 @@ def lora_linear(
     """y_l = x W_lᵀ + bias_l + h_l B_lᵀ for every layer l that reads x, and h: as in reference.py.
 
     h comes from one pass over x; then a block of y meets the base product, the low-rank one and the bias in one sum,
-    rounded once. fp16 is multiplied in fp32. The same bits for any number of threads.
+    rounded once. fp16 is multiplied in fp32. The same bits for any number of threads, but for fewer than 32 rows in fp32 or fp64,
+    whose base product is torch's own.
     Raises RuntimeError if a shape, a dtype or a device does not fit.
     """
     return torch.ops.flora_native.lora_linear.default(
