@@ -2,7 +2,7 @@
 
 Metadata lives in pyproject.toml. An extension that cannot be built is left out, loudly, and flora runs on its reference
 backend. Environment: FLORA_REQUIRE_NATIVE=1 makes that an error, FLORA_CUDA=0 leaves the CUDA sources out, MAX_JOBS
-bounds the compilers that run at once.
+bounds the compilers that run at once, TORCH_CUDA_ARCH_LIST names the GPUs to build for (else those of this machine).
 """
 
 import os
@@ -59,6 +59,9 @@ def native_extension():
     macros = [("TORCH_TARGET_VERSION", TORCH_TARGET)]
     if cuda:
         macros += [("FLORA_WITH_CUDA", None), ("USE_CUDA", None)]
+        if not torch.cuda.is_available():
+            # cpp_extension builds for the cards it sees; without one: from sm_80 on, newer cards through PTX.
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     return make(
         name="flora._native",

@@ -32,3 +32,10 @@ STABLE_TORCH_LIBRARY_IMPL(flora_native, CPU, m) {
   m.impl("first_not_finite", TORCH_BOX(&flora::first_not_finite_cpu));
   m.impl("stack_", TORCH_BOX(&flora::stack_cpu_));
 }
+
+#ifdef FLORA_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(flora_native, CUDA, m) {
+  m.impl("merge_", TORCH_BOX(&flora::merge_cuda_));
+  m.impl("stack_", TORCH_BOX(&flora::stack_cuda_));
+}
+#endif

@@ -55,4 +55,19 @@ Tensor lora_add_cpu_(Tensor y, const Tensor& x, const Tensor& A, const Tensor& B
                      std::vector<Tensor> frozen, std::optional<Tensor> row_offsets, std::optional<Tensor> rank_offsets,
                      std::optional<Tensor> frozen_ranges, int64_t width, double dropout, std::optional<Tensor> keys);
 
+#ifdef FLORA_WITH_CUDA
+// weights[l] += sum over the clients k of layer l of B_k diag(scale_k) A_k, in place, every weight read and written once.
+// Sums are fp32 (fp64 for an fp64 weight).
+//   weights[l] (out_l, in_l); counts[l]: clients of layer l, whose factors follow those of layer l - 1: As[k] (r_k, in_l),
+//   Bs[k] (out_l, r_k): float32, float64, float16 or bfloat16 each, any strides; scales[k] (r_k,): float32.
+//   residuals: none, or one of each weight's shape, added to the sum; what the rounding of the weight loses is left there.
+//   seeds: none (to nearest even), or one for each layer: stochastic rounding of what is rounded last.
+void merge_cuda_(std::vector<Tensor> weights, std::vector<Tensor> residuals, const std::vector<Tensor>& As,
+                 const std::vector<Tensor>& Bs, const std::vector<Tensor>& scales, std::vector<int64_t> counts,
+                 std::vector<int64_t> seeds);
+// As stack_cpu_.
+void stack_cuda_(Tensor out_A, Tensor out_B, Tensor out_scale, const std::vector<Tensor>& As,
+                 const std::vector<Tensor>& Bs, const std::vector<Tensor>& scales);
+#endif
+
 }  // namespace flora

@@ -50,6 +50,10 @@ def _load() -> Path:
 
 
 LIBRARY = _load()
+# A library built without nvcc has no CUDA kernels and leaves CUDA tensors to the other backends.
+for _op in ("merge_", "stack_"):
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"flora_native::{_op}", "CUDA"):
+        OPERATORS[_op] = ("cpu", "cuda")
 
 
 def lora_linear(
