@@ -70,7 +70,8 @@ def overrides(module: nn.Module) -> bool:
 
 def computes_itself(module: nn.Module) -> bool:
     """Whether a linear module has to be called for its product: it has forward hooks (accelerate's replace the forward of the
-    instance) or a forward of its own. An adapter attached to it adds to what it gives, as to a quantised one."""
+    instance) or a forward of its own. An adapter attached to it adds to what it gives, as to a quantised one; hooks that come after
+    the adapter are not seen."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__) or overrides(module)
 
 
