@@ -190,7 +190,8 @@ def drift(count: int = 200) -> list[dict]:
                 ops.merge_(weight, a.A, a.B, a.scale, residual=left, rounding=rounding, seed=i)
             got, moved = weight.double() + (left.double() if kept else 0), exact - start
             which = "another direction each" if turning else "one direction"
-            rows.append({"case": f"{count} merges of |Δ| = 2e-4 |W| into bf16, {which}", "variant": "residual" if kept else rounding,
+            rows.append({"case": f"{count} merges of |Δ| = 2e-4 |W| into bf16, {which}",
+                         "variant": "residual" if kept else rounding,
                          "error": float((got - exact).norm() / moved.norm()),
                          "bias": float(((got - exact) * moved).sum() / moved.square().sum())})
             row = rows[-1]

@@ -249,7 +249,8 @@ def stack_(out_A: Tensor, out_B: Tensor, out_scale: Tensor, As: Sequence[Tensor]
 
 def first_not_finite(tensors: Sequence[Tensor]) -> int:
     """The index of the first tensor that holds a NaN or an infinity; -1 where none does."""
-    if not tensors:
-        return -1
+    filled = [tensor for tensor in tensors if tensor.numel()]
+    if not filled or bool(torch.nn.utils.get_total_norm(filled).isfinite()):
+        return -1                                                   # a finite sum has finite terms: a few launches for all of them
     bad = torch.stack([~torch.isfinite(tensor).all() for tensor in tensors])
     return int(bad.int().argmax()) if bool(bad.any()) else -1
