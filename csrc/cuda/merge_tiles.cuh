@@ -7,7 +7,8 @@
 // fp32 results are asked of fp32 numbers (PAIR); bf16 and fp16 numbers are whole in one, and for a 16-bit weight one is as
 // near as plain PyTorch's own cast of the factor, or nearer. Dropped: lo lo and what is beyond lo, each
 // <= 2^-22 |left||right| a term, 2^-24 in the mean square, and 2^-38 of the largest term of a row. In norm that is
-// 7e-8 of the sum for PAIR, under the 1e-7 of the rule and under what fp32's own sum over the ranks loses.
+// 7e-8 of the sum for PAIR, 9e-8 with the low bits that tensor cores cut: under the 1e-7 of the rule at any rank, and from
+// some tens of ranks on less than fp32's own sum over them loses.
 // Tensor cores cut the low bits of a running sum, so a sum of 16 ranks starts from zero, small terms first, and fp32
 // registers add it to the total, rounded to nearest, in the same instruction that takes back the row's power of two.
 //
