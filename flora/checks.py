@@ -28,8 +28,9 @@ def check_weight(weight: Tensor) -> None:
 def check_ranks(what: str, ranks: tuple[Tensor, Tensor, Tensor], shape: tuple[int, int], device: torch.device) -> None:
     """A (R, in), B (out, R), scale (R,) for a weight of this shape (out, in), floating point, on this device."""
     (A, B, scale), (N, K) = ranks, shape
-    if (A.dim() == 2 and A.shape[1] == K and B.shape == (N, A.shape[0]) and scale.shape == (A.shape[0],)
-            and all(tensor.dtype in FLOATS and tensor.device == device for tensor in ranks)):
+    R = len(A) if A.dim() else 0
+    if (A.shape == (R, K) and B.shape == (N, R) and scale.shape == (R,) and A.device == B.device == scale.device == device
+            and A.dtype in FLOATS and B.dtype in FLOATS and scale.dtype in FLOATS):
         return
     check(f"{what} A", A.dim() == 2 and A.shape[1] == K, f"(rank, {K}), the weight being ({N}, {K})", tuple(A.shape))
     R = A.shape[0]

@@ -3,6 +3,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from flora.checks import check
@@ -39,20 +40,16 @@ def check_apart(written: Sequence[Tensor], what: Sequence[str]) -> list[tuple[in
 
 def apart_from(tensors: Sequence[Tensor], spans: Sequence[tuple[int, int]]) -> list[Tensor]:
     """The tensors, with copies of those that lie where something is written."""
-    if not spans:
-        return list(tensors)
-    starts, reach, furthest = [start for start, _ in spans], [], 0
-    for _, stop in spans:
-        furthest = max(furthest, stop)
-        reach.append(furthest)
-    out = []
-    for tensor in tensors:
-        if tensor.numel():
-            start, stop = _interval(tensor)
-            before = bisect_left(starts, stop)                  # those that begin before it ends
-            if before and reach[before - 1] > start:
-                tensor = tensor.clone()
-        out.append(tensor)
+    out = list(tensors)
+    if not spans or not out:
+        return out
+    starts = np.array([start for start, _ in spans])
+    reach = np.maximum.accumulate([0, *(stop for _, stop in spans)])
+    begins = np.array([tensor.data_ptr() for tensor in out])
+    ends = begins + [tensor.nbytes if tensor.is_contiguous() else _interval(tensor)[1] - _interval(tensor)[0] for tensor in out]
+    near = reach[np.searchsorted(starts, ends)] > begins        # of those that begin before it ends, one ends behind its begin
+    for i in np.flatnonzero(near & (ends > begins)):
+        out[i] = out[i].clone()
     return out
 
 
@@ -60,7 +57,9 @@ def check_memory_writable(written: Sequence[Tensor], what: Sequence[str]) -> Non
     """Raises AdapterError for CPU memory that is mapped read-only, which to write to would end the process (Linux; elsewhere
     nothing is known)."""
     maps = Path("/proc/self/maps")
-    tensors = [(t, name) for t, name in zip(written, what, strict=True) if t.is_cpu and t.numel()]
+    # Storage that torch can resize is its own; what came from elsewhere, such as a mapped file, it cannot.
+    tensors = [(t, name) for t, name in zip(written, what, strict=True)
+               if t.is_cpu and t.numel() and not t.untyped_storage().resizable()]
     if not tensors or not maps.exists():
         return
     fixed = []

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flora import kernels
-from flora.checks import check, check_dtype, check_ranks, check_weight, check_writable
+from flora.checks import FLOATS, check, check_dtype, check_ranks, check_weight, check_writable
 from flora.kernels import reference
 from flora.library import LIB, implement, writes_only
 from flora.memory import apart_from, check_apart, check_memory_writable
@@ -20,6 +20,7 @@ LIB.define("merge_(Tensor(a!)[] weights, Tensor(b!)[] residuals, Tensor[] As, Te
 LIB.define("stack_(Tensor(a!) out_A, Tensor(b!) out_B, Tensor(c!) out_scale, Tensor[] As, Tensor[] Bs, Tensor[] scales) -> ()")
 
 Rounding = Literal["nearest", "stochastic"]
+_FLOATS = set(FLOATS)
 
 
 def _checked(weights, residuals, As, Bs, scales, counts, seeds) -> tuple:
@@ -58,6 +59,17 @@ def _seeds(rounding: Rounding, seed: int | Sequence[int] | None, layers: int) ->
     return list(seed)
 
 
+def check_layer(layer: int, ranks: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], weight: Tensor) -> None:
+    """check_ranks for all adapters of a layer, at a third of its cost where nothing is wrong: a round has thousands."""
+    (out, inn), (As, Bs, scales) = weight.shape, ranks
+    sizes = [len(scale) if scale.dim() else -1 for scale in scales]
+    fits = ([A.shape for A in As] == [(r, inn) for r in sizes] and [B.shape for B in Bs] == [(out, r) for r in sizes]
+            and all(s.dim() == 1 for s in scales) and {t.dtype for group in ranks for t in group} <= _FLOATS
+            and {t.device for group in ranks for t in group} <= {weight.device})
+    for k, one in enumerate(() if fits else zip(As, Bs, scales, strict=True)):
+        check_ranks(f"layer {layer}, adapter {k}", one, (out, inn), weight.device)
+
+
 def merge_many_(weights: Sequence[Tensor], As: Sequence[Sequence[Tensor]], Bs: Sequence[Sequence[Tensor]],
                 scales: Sequence[Sequence[Tensor]], *, residuals: Sequence[Tensor] | None = None, rounding: Rounding = "nearest",
                 seed: int | Sequence[int] | None = None) -> Sequence[Tensor]:
@@ -85,16 +97,16 @@ def merge_many_(weights: Sequence[Tensor], As: Sequence[Sequence[Tensor]], Bs: S
               weight.device)
         counts = len(As[layer]), len(Bs[layer]), len(scales[layer])
         check(f"layer {layer}", len(set(counts)) == 1, "as many As as Bs and scales", counts)
-        for k, ranks in enumerate(zip(As[layer], Bs[layer], scales[layer], strict=True)):
-            check_ranks(f"layer {layer}, adapter {k}", ranks, tuple(weight.shape), weight.device)
+        check_layer(layer, (As[layer], Bs[layer], scales[layer]), weight)
     for weight, residual in zip(weights, held, strict=bool(held)):
         check_dtype("residual", residual)
         check("residual", residual.shape == weight.shape and residual.device == weight.device,
               f"{tuple(weight.shape)} on {weight.device}, as its weight", f"{tuple(residual.shape)} on {residual.device}")
         check_writable("residual", residual)
     seeds = _seeds(rounding, seed, L)
-    flat_A, flat_B = ([factor.detach() for layer in group for factor in layer] for group in (As, Bs))
-    flat_scale = [scale.detach().float() for layer in scales for scale in layer]
+    flat_A, flat_B, flat_scale = ([t.detach() if t.requires_grad else t for layer in group for t in layer]
+                                  for group in (As, Bs, scales))
+    flat_scale = [t if t.dtype == torch.float32 else t.float() for t in flat_scale]
     if L:
         torch.ops.flora.merge_([w.detach() for w in weights], [r.detach() for r in held], flat_A, flat_B, flat_scale,
                                [len(layer) for layer in As], seeds)
