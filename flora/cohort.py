@@ -11,21 +11,21 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from flora import ops
-from flora.adapter import Adapter, Adapters, all_layers, fresh_adapters, stack, truncate
+from flora.adapter import Adapter, Adapters, fresh_adapters, stack, truncate
 from flora.client import LocalClient, TrainConfig, learning_rate_factor
 from flora.data.batches import collate, num_label_tokens, steps_per_epoch, training_steps
 from flora.errors import ConfigError, DataError, TrainingError
-from flora.evaluate import completion_loss, device_of
-from flora.layer import LoRALinear
+from flora.evaluate import device_of, sequence_losses
 from flora.messages import Broadcast, Update
 from flora.nn import applied, target_shapes
+from flora.packed import Packed, joined
 from flora.seeds import derive
 from flora.versions import MergeConfig, bring_to
 
@@ -69,94 +69,174 @@ class Cohort:
         per_client = [frozen] * len(self.clients) if frozen is None or isinstance(frozen, Mapping) else list(frozen)
         if len(per_client) != len(self.clients):
             raise ConfigError(f"frozen: expected one entry a client ({len(self.clients)}); got {len(per_client)}")
-        updates, self.failures = [], {}
+        self.failures, trained = {}, {}
         was_training = self.model.training
+        members = []
         for client, ranks in zip(self.clients, per_client, strict=True):
             try:
-                updates.append(self._fit_one(client, broadcast, ranks, on_step))
-            except (TrainingError, DataError) as error:
-                self.failures[client.name] = str(error)
-                log.warning("client %s is left out of this round: %s", client.name, error)
-            finally:
-                self.model.train(was_training)
-        return updates
+                members.append(self._member(client, broadcast, ranks))
+            except DataError as error:
+                self._fail(client.name, error)
+        try:
+            for group in _groups(members):
+                trained |= {update.client: update for update in self._fit_group(group, broadcast, on_step)}
+        finally:
+            self.model.train(was_training)
+        self.failures = {client.name: self.failures[client.name] for client in self.clients if client.name in self.failures}
+        return [trained[client.name] for client in self.clients if client.name in trained]
 
-    def _fit_one(self, client: LocalClient, broadcast: Broadcast, frozen: Adapters | None, on_step: OnStep | None) -> Update:
-        """Trains one client alone on the shared base."""
-        config = self.train_config
+    def _fail(self, name: str, error: Exception) -> None:
+        self.failures[name] = str(error)
+        log.warning("client %s is left out of this round: %s", name, error)
+
+    def _member(self, client: LocalClient, broadcast: Broadcast, frozen: Adapters | None) -> "_Member":
+        """A client's part in this round. Raises DataError where it has no labelled token."""
+        config, version = self.train_config, broadcast.version
         own = self.shapes if client.layers is None else target_shapes(self.model, self.targets, client.layers)
         held = client.start if client.start is not None else broadcast.start
-        start = starting_adapters(client, held, own, config.seed, broadcast.version)
-        seen = [adapters for adapters in (held, frozen) if adapters]
-        asleep = {name: stack([adapters[name].to("cpu") for adapters in seen if name in adapters])
-                  for name in all_layers(seen) if name not in own}
-        began = time.perf_counter()
-        devices = [device_of(self.model)] if device_of(self.model).type == "cuda" else []
-        with torch.random.fork_rng(devices), applied(self.model, {**start, **asleep}, config.lora_dropout) as layers:
-            torch.manual_seed(derive(config.seed, client.name, broadcast.version, "torch"))
-            _freeze(layers, own, broadcast.train, frozen)
-            metrics = self._train(layers, client, broadcast.version, on_step)
-            adapters = {name: layers[name].adapter.to("cpu") for name in own}
-        if not all(bool(torch.isfinite(factor).all()) for a in adapters.values() for factor in (a.A, a.B)):
-            raise TrainingError("expected finite factors after the last step; got NaN or infinity. Lower its learning rate.")
-        seconds = time.perf_counter() - began
-        metrics |= {"seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds}
-        return Update(adapters, len(client.rows), metrics, broadcast.version, client.name)
+        asleep: dict[str, list[Adapter]] = {}
+        for name, a in [*((n, a) for n, a in (held or {}).items() if n not in own), *(frozen or {}).items()]:
+            asleep.setdefault(name, []).append(a)
+        size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+        epoch = steps_per_epoch(len(client.rows), size, accumulation)
+        return _Member(
+            client, starting_adapters(client, held, own, config.seed, version),
+            {name: parts[0] if len(parts) == 1 else stack([a.to("cpu") for a in parts]) for name, parts in asleep.items()},
+            training_steps(client.rows, size, accumulation, config.shuffle, config.seed, (client.name, version)),
+            client.max_steps or config.max_steps or math.ceil(config.num_train_epochs * epoch),
+            client.learning_rate or config.learning_rate, derive(config.seed, client.name, version, "dropout"))
 
-    def _train(self, layers: Mapping[str, LoRALinear], client: LocalClient, version: int,
-               on_step: OnStep | None) -> dict[str, float]:
-        """The training loop of one client; returns loss (mean over steps), last_loss, steps and tokens (of input)."""
-        config, model = self.train_config, self.model
-        parameters = [p for layer in layers.values() for p in (layer.A, layer.B) if p.requires_grad]
-        learning_rate = client.learning_rate or config.learning_rate
-        optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=config.weight_decay, fused=True)
-        batch_size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
-        epoch = steps_per_epoch(len(client.rows), batch_size, accumulation)
-        num_steps = client.max_steps or config.max_steps or math.ceil(config.num_train_epochs * epoch)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(step, num_steps, config.warmup_steps, config.lr_scheduler_type))
-        steps = training_steps(client.rows, batch_size, accumulation, config.shuffle, config.seed, (client.name, version))
-        key = derive(config.seed, client.name, version, "dropout")
-        model.train()
-        losses, tokens = [], 0
-        for step, batches in enumerate(islice(steps, num_steps)):
-            loss, count = self._accumulate(layers, batches, ops.row_keys(key, step))
-            norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
-            if not (math.isfinite(loss) and math.isfinite(float(norm))):
-                raise TrainingError(f"expected a finite loss; got {loss} (gradient norm {float(norm)}) at step {step + 1} of "
-                                    f"{num_steps}. Lower its learning rate (now {learning_rate}) or look at its rows.")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            schedule.step()
-            losses.append(loss)
-            tokens += count
+    def _fit_group(self, members: Sequence["_Member"], broadcast: Broadcast, on_step: OnStep | None) -> Iterator[Update]:
+        """Trains clients together, a step of each at a time; a client that is done or fails leaves the batch."""
+        config, model, began = self.train_config, self.model, time.perf_counter()
+        starts, asleep = [m.start for m in members], [m.asleep for m in members]
+        devices = [device_of(model)] if device_of(model).type == "cuda" else []
+        with torch.random.fork_rng(devices), applied(model, joined(starts, asleep), config.lora_dropout) as layers:
+            torch.manual_seed(derive(config.seed, broadcast.version, "torch"))
+            packed = Packed(layers, starts, asleep, broadcast.train)
+            for k, member in enumerate(members):
+                member.prepare(packed.parameters[k], config)
+            model.train()
+            while active := [k for k, m in enumerate(members) if not m.failed and len(m.losses) < m.num_steps]:
+                self._step(packed, members, active, on_step)
+            adapters = [packed.adapters(k) for k in range(len(members))]
+        seconds, tokens = time.perf_counter() - began, sum(m.tokens for m in members)
+        for member, trained in zip(members, adapters, strict=True):
+            if not member.failed and not all(bool(torch.isfinite(f).all()) for a in trained.values() for f in (a.A, a.B)):
+                member.failed = "expected finite factors after the last step; got NaN or infinity. Lower its learning rate."
+            if member.failed:
+                self._fail(member.client.name, TrainingError(member.failed))
+                continue
+            metrics = {"loss": sum(member.losses) / len(member.losses), "last_loss": member.losses[-1],
+                       "steps": len(member.losses), "tokens": member.tokens, "seconds": seconds * member.tokens / tokens,
+                       "tokens_per_second": tokens / seconds}
+            yield Update(trained, len(member.client.rows), metrics, broadcast.version, member.client.name)
+
+    def _step(self, packed: Packed, members: Sequence["_Member"], active: Sequence[int], on_step: OnStep | None) -> None:
+        """One optimiser step of every active client."""
+        config = self.train_config
+        batches = {k: [row for batch in next(members[k].steps) for row in batch] for k in active}
+        losses = self._gradients(packed, members, batches)
+        for k in active:
+            member, loss = members[k], losses[k]
+            norm = float(torch.nn.utils.clip_grad_norm_(packed.parameters[k], config.max_grad_norm or math.inf))
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                member.failed = (f"expected a finite loss; got {loss} (gradient norm {norm}) at step {len(member.losses) + 1} of "
+                                 f"{member.num_steps}. Lower its learning rate (now {member.learning_rate}) or look at its rows.")
+                continue
+            member.update(loss, config)
+            member.tokens += sum(len(row["input_ids"]) for row in batches[k])
             if on_step is not None:
-                on_step(client.name, step + 1, num_steps, loss)
-        return {"loss": sum(losses) / len(losses), "last_loss": losses[-1], "steps": len(losses), "tokens": tokens}
+                on_step(member.client.name, len(member.losses), member.num_steps, loss)
 
-    def _accumulate(self, layers: Mapping[str, LoRALinear], batches: Sequence[Rows], key: Tensor) -> tuple[float, int]:
-        """Gradients of the mean loss over the labelled tokens of all micro-batches; (that loss, tokens of input).
+    def _gradients(self, packed: Packed, members: Sequence["_Member"], batches: Mapping[int, Rows]) -> dict[int, float]:
+        """Every client's gradient of its own mean loss over the labelled tokens of its step; the losses.
 
-        Every pass divides by the labelled tokens of the whole step, so cutting a step differently changes nothing.
+        What is differentiated is the sum of the clients' means: it falls apart into theirs, as no row meets another's ranks.
         """
         config, device = self.train_config, device_of(self.model)
-        labelled = sum(num_label_tokens(rows) for rows in batches)
-        routing = next(iter(layers.values())).routing
-        total, tokens, sequence = 0.0, 0, 0
-        for rows in (part for batch in batches for part in _fitting(batch, self.max_tokens_per_batch)):
-            first, sequence = sequence, sequence + len(rows)       # counted before any is passed over: masks are keyed by it
-            if num_label_tokens(rows) == 0:
-                continue
-            batch = {name: t.to(device) for name, t in collate(rows, config.pad_token_id).items()}
+        labelled = {k: num_label_tokens(rows) for k, rows in batches.items()}
+        places = [_Place(k, i, row) for k, rows in batches.items() for i, row in enumerate(rows) if num_label_tokens([row])]
+        losses = dict.fromkeys(batches, 0.0)
+        packed.zero_grad()
+        for part in passes(places, self.max_tokens_per_batch):
+            batch = {name: t.to(device) for name, t in collate([place.row for place in part], config.pad_token_id).items()}
+            length = batch["input_ids"].shape[1]
+            keys = None
             if config.lora_dropout:
-                length = batch["input_ids"].shape[1]
-                place = torch.arange(first, sequence)[:, None], torch.arange(length)
-                routing.row_keys = ops.row_keys(key, *place).flatten().to(device)
-            loss = completion_loss(self.model, batch)[0] / labelled
-            loss.backward()
-            total += float(loss.detach())
-            tokens += int(batch["attention_mask"].sum())
-        return total, tokens
+                keys = torch.cat([ops.row_keys(ops.row_keys(members[p.client].key, len(members[p.client].losses)), p.sequence,
+                                               torch.arange(length)) for p in part]).to(device)
+            packed.route([length * sum(p.client == k for p in part) for k in range(packed.count)], keys)
+            per_sequence = sequence_losses(self.model, batch)
+            weights = torch.tensor([1.0 / labelled[p.client] for p in part], device=device)
+            (per_sequence * weights).sum().backward()
+            for place, loss in zip(part, per_sequence.detach().tolist(), strict=True):
+                losses[place.client] += loss / labelled[place.client]
+        return losses
+
+
+@dataclass
+class _Member:
+    """A client in a round: where it starts, what it sees, its steps, and how far it came."""
+    client: LocalClient
+    start: Adapters
+    asleep: Adapters
+    steps: Iterator[Sequence[Rows]]
+    num_steps: int
+    learning_rate: float
+    key: int
+    losses: list[float] = field(default_factory=list)
+    tokens: int = 0
+    failed: str = ""
+
+    def prepare(self, parameters: Sequence[Tensor], config: TrainConfig) -> None:
+        self.optimizer = torch.optim.AdamW(parameters, self.learning_rate, weight_decay=config.weight_decay, fused=True)
+
+    def update(self, loss: float, config: TrainConfig) -> None:
+        """A step of AdamW on its own factors, with its own schedule."""
+        factor = learning_rate_factor(len(self.losses), self.num_steps, config.warmup_steps, config.lr_scheduler_type)
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate * factor
+        self.optimizer.step()
+        self.losses.append(loss)
+
+
+class _Place(NamedTuple):
+    """A row of a step: whose it is, and its number among that client's rows of the step, which keys its dropout."""
+    client: int
+    sequence: int
+    row: Mapping[str, Sequence[int]]
+
+
+def _groups(members: Sequence[_Member], ranks: int = 1024, count: int = 256) -> Iterator[list[_Member]]:
+    """Clients that train together: as many as what a kernel takes, in order."""
+    group: list[_Member] = []
+    for member in members:
+        if group and (len(group) == count or sum(m.client.rank for m in group) + member.client.rank > ranks):
+            yield group
+            group = []
+        group.append(member)
+    if group:
+        yield group
+
+
+def passes(places: Sequence[_Place], max_tokens: int | str) -> Iterator[list[_Place]]:
+    """Cuts a step into passes of at most max_tokens padded tokens ("auto": 2,048), sequences of like length together.
+
+    At most a quarter of a pass is padding, but for small ones. In a pass rows lie client by client.
+    """
+    budget = 2048 if max_tokens == "auto" else max_tokens
+    ordered = sorted(places, key=lambda place: -len(place.row["input_ids"]))
+    part: list[_Place] = []
+    for place in ordered:
+        longest = len(part[0].row["input_ids"]) if part else 0
+        full = part and longest * (len(part) + 1) > budget
+        ragged = part and len(place.row["input_ids"]) < 0.75 * longest and longest * len(part) >= 256
+        if full or ragged:
+            yield sorted(part, key=lambda p: (p.client, p.sequence))
+            part = []
+        part.append(place)
+    if part:
+        yield sorted(part, key=lambda p: (p.client, p.sequence))
 
 
 def starting_adapters(client: LocalClient, start: Adapters | None, own: Mapping[str, tuple[int, int]], seed: int,
@@ -176,28 +256,3 @@ def starting_adapters(client: LocalClient, start: Adapters | None, own: Mapping[
         else:
             out[name] = stack([given.to("cpu"), Adapter(drawn.A[given.rank:], drawn.B[:, given.rank:], drawn.scale[given.rank:])])
     return out
-
-
-def _freeze(layers: Mapping[str, LoRALinear], own: Mapping[str, object], train: str, frozen: Adapters | None) -> None:
-    """Lets the client's own layers train, A, B or both, beside their frozen ranks; the others act as frozen ranks do."""
-    for name, layer in layers.items():
-        layer.A.requires_grad_(name in own and "A" in train)
-        layer.B.requires_grad_(name in own and "B" in train)
-        layer.dropout = layer.dropout if name in own else 0.0
-        ranks = (frozen or {}).get(name)
-        if ranks is not None and name in own:
-            layer.frozen = ops.Frozen(ranks.A.to(layer.A.device), ranks.B.to(layer.A.device), ranks.scale.to(layer.A.device))
-
-
-def _fitting(rows: Rows, max_tokens: int | str) -> Iterator[Rows]:
-    """Cuts a micro-batch into passes of at most max_tokens padded tokens, of at least one sequence each."""
-    if max_tokens == "auto":
-        yield rows
-        return
-    first = longest = 0
-    for last, row in enumerate(rows):
-        longest = max(longest, len(row["input_ids"]))
-        if last > first and longest * (last + 1 - first) > max_tokens:
-            yield rows[first:last]
-            first, longest = last, len(row["input_ids"])
-    yield rows[first:]

@@ -42,6 +42,15 @@ def completion_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tens
     return cross_entropy(logits.float(), labels, reduction="sum"), right, labels.numel()
 
 
+def sequence_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The sum of the cross entropy over each sequence's labelled tokens: fp32 (sequences,)."""
+    logits, labels = labelled_logits(model, batch)
+    counts = (batch["labels"][:, 1:] != -100).sum(1)
+    owner = torch.repeat_interleave(torch.arange(len(counts), device=labels.device), counts)
+    each = cross_entropy(logits.float(), labels, reduction="none")
+    return torch.zeros(len(counts), device=labels.device, dtype=each.dtype).index_add(0, owner, each)
+
+
 def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 

@@ -12,7 +12,7 @@ LAYERS = [
     ["kernels.reference", "kernels.native", "kernels.triton"], ["kernels"], ["library"], ["merges"], ["ops"],
     ["adapter"],
     ["layer"], ["shared"], ["targets"],
-    ["nn"], ["messages"], ["versions"], ["formats"], ["strategies"], ["data"], ["evaluate"], ["client"],
+    ["nn"], ["packed"], ["messages"], ["versions"], ["formats"], ["strategies"], ["data"], ["evaluate"], ["client"],
     ["cohort"], ["group"], ["stream"], ["server"],
     ["checkpoint"], ["report"], ["engines.prepare"], ["engines.local", "engines.flower", "engines.nvflare"], ["engines"],
     ["integrations"], ["doctor", "tuning", "shards"], ["cli"]]
