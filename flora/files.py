@@ -8,23 +8,38 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+ASIDE = "-before"
+
 
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
     """Gives a temporary folder beside target that takes its name when the block ends well, and vanishes when it does not.
 
-    What a killed process left under that name is removed; one process at a time may work on a target.
+    A folder that target names is put aside, not deleted, until the new one has its name. What a killed process left for this target
+    is removed (or put back, if it was put aside); one process at a time may work on a target.
     """
+    target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    for stale in target.parent.glob(f".{target.name}-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    stage = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    prefix = f".flora-{hashlib.sha256(target.name.encode()).hexdigest()[:12]}-"
+    for stale in target.parent.glob(prefix + "*"):
+        if stale.name.endswith(ASIDE) and not target.exists():
+            os.replace(stale, target)
+        else:
+            shutil.rmtree(stale, ignore_errors=True)
+    stage = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix))
+    aside = stage.with_name(stage.name + ASIDE)
+    os.umask(mask := os.umask(0))
+    stage.chmod(0o777 & ~mask)
     try:
         yield stage
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            os.replace(target, aside)
         os.replace(stage, target)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+        if aside.exists() and not target.exists():
+            os.replace(aside, target)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

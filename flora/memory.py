@@ -26,15 +26,30 @@ def _interleaved(one: Tensor, other: Tensor) -> bool:
     return one.shape[narrow] * near <= inside and inside + other.shape[narrow] * near <= step
 
 
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements share memory, by a rule that all but contrived layouts obey: strides that clear what is inside."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
+
+
 def check_apart(written: Sequence[Tensor], what: Sequence[str]) -> list[tuple[int, int]]:
-    """Raises AdapterError where two of the tensors share memory. Returns their intervals, sorted."""
+    """Raises AdapterError where two of the tensors, or two elements of one, share memory. Returns their intervals, sorted."""
+    for tensor, name in zip(written, what, strict=True):
+        if _overlaps_itself(tensor):
+            check(name, False, "a tensor that owns each of its elements (clone it first)", f"strides {tensor.stride()}")
     spans = sorted((*_interval(t), i) for i, t in enumerate(written) if t.numel())
-    reach, owner = -1, -1
+    begun: list[tuple[int, int]] = []                           # (stop, which) of those that end behind the one at hand
     for start, stop, i in spans:
-        check(what[i], start >= reach or _interleaved(written[owner], written[i]) or _interleaved(written[i], written[owner]),
-              f"memory of its own, or a tied weight once; {what[owner]} lies there too", "the same memory twice")
-        if stop > reach:
-            reach, owner = stop, i
+        begun = [(end, other) for end, other in begun if end > start]
+        for _, other in begun:
+            check(what[i], _interleaved(written[other], written[i]) or _interleaved(written[i], written[other]),
+                  f"memory of its own, or a tied weight once; {what[other]} lies there too", "the same memory twice")
+        begun.append((stop, i))
     return [(start, stop) for start, stop, _ in spans]
 
 

@@ -3,6 +3,7 @@
 All or nothing: shapes, dtypes, devices, memory and numbers of every operand are checked before the first weight is written.
 """
 from collections.abc import Sequence
+from operator import index
 from typing import Literal
 
 import torch
@@ -23,20 +24,30 @@ Rounding = Literal["nearest", "stochastic"]
 _FLOATS = set(FLOATS)
 
 
-def _checked(weights, residuals, As, Bs, scales, counts, seeds) -> tuple:
-    """merge_'s arguments after the checks that need values: memory and numbers. Factors that lie in a weight are copied."""
+def _check_memory(weights: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Checks that what is written can be, and lies apart; gives where it lies."""
     names = [f"weight {layer}" for layer in range(len(weights))] + [f"residual {layer}" for layer in range(len(residuals))]
     spans = check_apart([*weights, *residuals], names)
     check_memory_writable([*weights, *residuals], names)
+    return spans
+
+
+def _checked(weights, residuals, As, Bs, scales, counts, seeds) -> tuple:
+    """merge_'s arguments after the checks that need values: memory and numbers. Factors that lie in a weight are copied."""
+    spans = _check_memory(weights, residuals)
+    _check_finite(weights[0].device, As, Bs, scales, counts)
+    As, Bs, scales = (apart_from(group, spans) for group in (As, Bs, scales))
+    return weights, residuals, As, Bs, scales, counts, seeds
+
+
+def _check_finite(device: torch.device, As, Bs, scales, counts) -> None:
     factors = [*As, *Bs, *scales]
-    bad = kernels.resolve("first_not_finite", weights[0].device)(factors) if factors else -1
+    bad = kernels.resolve("first_not_finite", device)(factors) if factors else -1
     if bad >= 0:
         which, number = divmod(bad, len(As))
         layer = next(i for i in range(len(counts)) if sum(counts[:i + 1]) > number)
         check(f"layer {layer}, adapter {number - sum(counts[:layer])}, {('A', 'B', 'scale')[which]}", False, "finite numbers",
               "NaN or infinity; nothing was merged. Leave the adapter out")
-    As, Bs, scales = (apart_from(group, spans) for group in (As, Bs, scales))
-    return weights, residuals, As, Bs, scales, counts, seeds
 
 
 implement("merge_", 2, _checked)
@@ -52,11 +63,28 @@ def _seeds(rounding: Rounding, seed: int | Sequence[int] | None, layers: int) ->
         return []
     if seed is None:
         seed = int(torch.randint(1 << 62, ()))
-    if isinstance(seed, int):
+    if hasattr(seed, "__index__"):
+        seed = index(seed)
         return [derive(seed, "merge", layer) for layer in range(layers)]
     check("seed", len(seed) == layers and all(isinstance(s, int) and 0 <= s < 1 << 63 for s in seed),
           f"an int, or {layers} ints from 0 to 2⁶³ - 1, one a layer", seed)
     return list(seed)
+
+
+def _check_written(weights: Sequence[Tensor], residuals: Sequence[Tensor] | None) -> None:
+    """Dtypes, shapes and devices of weights and residuals."""
+    check("residuals", residuals is None or len(residuals) == len(weights), f"{len(weights)} tensors, one a layer",
+          residuals and len(residuals))
+    for layer, weight in enumerate(weights):
+        check_weight(weight)
+        check_writable("weight", weight)
+        check(f"weight {layer}", weight.device == weights[0].device, f"a tensor on {weights[0].device}, where the first is",
+              weight.device)
+    for weight, residual in zip(weights, residuals or (), strict=bool(residuals)):
+        check_dtype("residual", residual)
+        check("residual", residual.shape == weight.shape and residual.device == weight.device,
+              f"{tuple(weight.shape)} on {weight.device}, as its weight", f"{tuple(residual.shape)} on {residual.device}")
+        check_writable("residual", residual)
 
 
 def check_layer(layer: int, ranks: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], weight: Tensor) -> None:
@@ -68,6 +96,28 @@ def check_layer(layer: int, ranks: tuple[Sequence[Tensor], Sequence[Tensor], Seq
             and {t.device for group in ranks for t in group} <= {weight.device})
     for k, one in enumerate(() if fits else zip(As, Bs, scales, strict=True)):
         check_ranks(f"layer {layer}, adapter {k}", one, (out, inn), weight.device)
+
+
+def _check_operands(weights, As, Bs, scales, residuals) -> None:
+    """Everything about merge_many_'s operands that can be known without reading a number."""
+    _check_written(weights, residuals)
+    L = len(weights)
+    check("weights, As, Bs, scales", L == len(As) == len(Bs) == len(scales), "lists of one length, one entry a layer",
+          (L, len(As), len(Bs), len(scales)))
+    for layer, weight in enumerate(weights):
+        counts = len(As[layer]), len(Bs[layer]), len(scales[layer])
+        check(f"layer {layer}", len(set(counts)) == 1, "as many As as Bs and scales", counts)
+        check_layer(layer, (As[layer], Bs[layer], scales[layer]), weight)
+
+
+def check_many(weights: Sequence[Tensor], As: Sequence[Sequence[Tensor]], Bs: Sequence[Sequence[Tensor]],
+               scales: Sequence[Sequence[Tensor]], residuals: Sequence[Tensor] | None = None) -> None:
+    """Raises what merge_many_ would raise, and writes nothing: for merges that take several calls, on several devices."""
+    _check_operands(weights, As, Bs, scales, residuals)
+    _check_memory(weights, residuals or ())
+    flat = [[t.detach() for layer in group for t in layer] for group in (As, Bs, scales)]
+    for device in {weight.device for weight in weights}:
+        _check_finite(device, *flat, [len(layer) for layer in As])
 
 
 def merge_many_(weights: Sequence[Tensor], As: Sequence[Sequence[Tensor]], Bs: Sequence[Sequence[Tensor]],
@@ -85,29 +135,12 @@ def merge_many_(weights: Sequence[Tensor], As: Sequence[Sequence[Tensor]], Bs: S
     Writes under no_grad and bumps the version counters. Raises AdapterError, before anything is written, for shapes, dtypes,
     devices or memory that do not fit, and for NaN or infinity in an adapter. FLoRA, arXiv 2409.05976, section 3.
     """
-    L = len(weights)
-    check("weights, As, Bs, scales", L == len(As) == len(Bs) == len(scales), "lists of one length, one entry a layer",
-          (L, len(As), len(Bs), len(scales)))
-    check("residuals", residuals is None or len(residuals) == L, f"{L} tensors, one a layer", residuals and len(residuals))
-    held = list(residuals or [])
-    for layer, weight in enumerate(weights):
-        check_weight(weight)
-        check_writable("weight", weight)
-        check(f"weight {layer}", weight.device == weights[0].device, f"a tensor on {weights[0].device}, where the first is",
-              weight.device)
-        counts = len(As[layer]), len(Bs[layer]), len(scales[layer])
-        check(f"layer {layer}", len(set(counts)) == 1, "as many As as Bs and scales", counts)
-        check_layer(layer, (As[layer], Bs[layer], scales[layer]), weight)
-    for weight, residual in zip(weights, held, strict=bool(held)):
-        check_dtype("residual", residual)
-        check("residual", residual.shape == weight.shape and residual.device == weight.device,
-              f"{tuple(weight.shape)} on {weight.device}, as its weight", f"{tuple(residual.shape)} on {residual.device}")
-        check_writable("residual", residual)
-    seeds = _seeds(rounding, seed, L)
+    _check_operands(weights, As, Bs, scales, residuals)
+    held, seeds = list(residuals or []), _seeds(rounding, seed, len(weights))
     flat_A, flat_B, flat_scale = ([t.detach() if t.requires_grad else t for layer in group for t in layer]
                                   for group in (As, Bs, scales))
     flat_scale = [t if t.dtype == torch.float32 else t.float() for t in flat_scale]
-    if L:
+    if held or weights:
         torch.ops.flora.merge_([w.detach() for w in weights], [r.detach() for r in held], flat_A, flat_B, flat_scale,
                                [len(layer) for layer in As], seeds)
     return weights
@@ -119,12 +152,15 @@ def add_many_(weights: Sequence[Tensor], updates: Sequence[Tensor], *, residuals
 
     Raises AdapterError, before anything is written, for what does not fit and for NaN or infinity in an update.
     """
+    check("updates", len(updates) == len(weights), f"{len(weights)} tensors, one a layer", len(updates))
     seeds = _seeds(rounding, seed, len(weights))
+    _check_written(weights, residuals)
     for layer, (weight, update) in enumerate(zip(weights, updates, strict=True)):
-        check_weight(weight)
         check(f"update {layer}", update.shape == weight.shape and update.dtype in (torch.float32, torch.float64),
               f"{tuple(weight.shape)} in float32", f"{tuple(update.shape)} in {update.dtype}")
+        check(f"update {layer}", update.device == weight.device, f"a tensor on {weight.device}", update.device)
         check(f"update {layer}", bool(torch.isfinite(update).all()), "finite numbers", "NaN or infinity; nothing was written")
+    updates = apart_from(updates, _check_memory(weights, residuals or ()))
     with torch.no_grad():
         for i, (weight, update) in enumerate(zip(weights, updates, strict=True)):
             for first in range(0, weight.shape[0], 256):

@@ -62,7 +62,7 @@ class Limits:
     """What a receiver accepts. Sizes in bytes, counted before anything of that size is allocated."""
     max_bytes: int = 1 << 34
     max_header_bytes: int = 1 << 24
-    max_rank: int = 1 << 14
+    max_rank: int = 1 << 20
     max_examples: int = 1 << 40
 
 
@@ -176,6 +176,8 @@ def _weights(fields: Mapping[str, object], tensors: dict[str, torch.Tensor],
     """The dense weights of a broadcast, taken out of tensors."""
     if fields.get("base") is None:
         return None
+    _require(isinstance(fields["base"], list) and len(fields["base"]) > 0 and "merge" not in fields["parts"],
+             "weights of at least one layer, and no merge beside them", fields["base"])
     out = {}
     for layer in fields["base"]:
         weight = out[layer] = tensors.pop(f"base/{layer}")

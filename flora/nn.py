@@ -1,7 +1,7 @@
 """The verbs on a model: attach, adapters, load_adapters, merge, accumulate, detach."""
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -10,6 +10,7 @@ from flora import ops
 from flora.adapter import Adapter, Adapters, compress, norm, stack
 from flora.errors import AdapterError, TargetError
 from flora.layer import Accumulated, LoRALinear, Routing, is_opaque, matrix, overrides, refuse_parametrized
+from flora.memory import check_memory_writable
 from flora.seeds import derive
 from flora.shared import SharedInput
 from flora.targets import bases_of, check_shape, linear_modules, lora_layers, refuse_tied, replace, target_shapes
@@ -41,9 +42,7 @@ def attach(model: nn.Module, rank: int = 16, alpha: float = 32, targets: str | S
 
 def _wrap(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
     """Puts the layers in the place of their bases and freezes everything else; remembers what trained."""
-    for name in layers:
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
-            raise TargetError(f"{name}: nn.TransformerEncoderLayer reads this weight past an adapter in eval mode. Leave it out.")
+    refuse_read_past(model, layers)
     model._flora_required_grad = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
     routing = Routing()
@@ -129,11 +128,13 @@ def merge(model: nn.Module, adapters: Adapters | Sequence[Adapters], *, rounding
         bases |= bases_of(model, party)
     parts = {name: [party[name] for party in parties if name in party] for name in bases}
     groups = list(_groups(model, bases, residual))
-    for name in bases if len(groups) > 1 else ():                       # one call of the operator checks its own adapters alone
-        _refuse_not_finite(name, parts[name])
-    for names, own, rest in groups:
+    calls = []
+    for names, own, _ in groups:
         there = [[a.to(weight.device) for a in parts[name]] for name, weight in zip(names, own, strict=True)]
-        factors = [[[getattr(a, factor) for a in layer] for layer in there] for factor in ("A", "B", "scale")]
+        calls.append([[[getattr(a, factor) for a in layer] for layer in there] for factor in ("A", "B", "scale")])
+    for (_, own, rest), factors in zip(groups if len(groups) > 1 else (), calls, strict=len(groups) > 1):
+        ops.check_many(own, *factors, rest)                             # a call of the operator checks its own alone
+    for (names, own, rest), factors in zip(groups, calls, strict=True):
         ops.merge_many_(own, *factors, residuals=rest, rounding=rounding, seed=_seeds(seed, names))
         residuals(model).update(zip(names, rest or [], strict=bool(rest)))
     return model
@@ -142,8 +143,12 @@ def merge(model: nn.Module, adapters: Adapters | Sequence[Adapters], *, rounding
 def add_dense(model: nn.Module, updates: Mapping[str, torch.Tensor], *, rounding: ops.Rounding = "nearest",
               residual: bool = False, seed: int | None = None) -> nn.Module:
     """W += ΔW for dense fp32 sums (out, in) by layer: how a streamed round is committed. Options and errors as merge."""
-    linears = linear_modules(model)
-    weights(model, list(updates))                                       # the errors of merge
+    own_weights, linears = weights(model, list(updates)), linear_modules(model)
+    refuse_tied(model, {name: linears[name] for name in updates})
+    for name, update in updates.items():
+        if update.shape != own_weights[name].shape or not bool(torch.isfinite(update).all()):
+            raise AdapterError(f"{name}: expected finite numbers for (out, in) = {tuple(own_weights[name].shape)}; got NaN, "
+                               f"infinity or another shape, {tuple(update.shape)}. Nothing was written.")
     for names, own, rest in _groups(model, {name: linears[name] for name in updates}, residual):
         ops.add_many_(own, [updates[name].to(w.device) for name, w in zip(names, own, strict=True)], residuals=rest,
                       rounding=rounding, seed=_seeds(seed, names))
@@ -169,6 +174,16 @@ def _groups(model: nn.Module, bases: Mapping[str, nn.Module],
 
 def _seeds(seed: int | None, names: Sequence[str]) -> list[int] | None:
     return None if seed is None else [derive(seed, name) for name in names]
+
+
+def refuse_read_past(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises TargetError where a module cannot be put in the place of a layer, or its parent would not ask it."""
+    for name in names:
+        if not name:
+            raise TargetError("the model is itself one linear module, which cannot be replaced inside itself. Wrap it in "
+                              "nn.Sequential.")
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
+            raise TargetError(f"{name}: nn.TransformerEncoderLayer reads this weight past an adapter in eval mode. Leave it out.")
 
 
 def _refuse_opaque(name: str, base: nn.Module) -> None:
@@ -211,11 +226,12 @@ def accumulate(model: nn.Module, adapters: Adapters, rank: int | None = None, to
     """
     if lora_layers(model):
         raise TargetError("expected a model without attached adapters; call flora.detach(model) first.")
-    bases, errors = bases_of(model, adapters), {}
+    bases, errors = bases_of(model, adapters, tied=True), {}
+    refuse_read_past(model, bases)
     kept = {}
     for name, base in bases.items():
         _refuse_not_finite(name, [adapters[name]])
-        sums = [base.adapter, adapters[name].to(base.A.device, base.A.dtype)] if isinstance(base, Accumulated) else [adapters[name]]
+        sums = [base.adapter, adapters[name].to(base.A.device)] if isinstance(base, Accumulated) else [adapters[name]]
         whole = stack(sums)
         bound = min(*whole.shape, rank or whole.rank)
         kept[name] = compress(whole, bound, tol) if whole.rank > bound or tol > 0 else whole
@@ -255,8 +271,9 @@ def load_weights(model: nn.Module, dense: Mapping[str, torch.Tensor]) -> nn.Modu
         if weight.shape != own[name].shape:
             raise TargetError(f"{name}: expected a weight (out, in) = {tuple(own[name].shape)}; got {tuple(weight.shape)}, of "
                               "another model")
-        if not bool(torch.isfinite(weight).all()):
-            raise AdapterError(f"{name}: expected finite numbers; got NaN or infinity; nothing was written.")
+        if not bool(torch.isfinite(weight.to(own[name].dtype)).all()):
+            raise AdapterError(f"{name}: expected finite numbers in {own[name].dtype}; got NaN or infinity; nothing was written.")
+    check_memory_writable(list(own.values()), list(own))
     with torch.no_grad():
         for name, weight in dense.items():
             own[name].copy_(weight)

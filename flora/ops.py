@@ -12,10 +12,11 @@ from torch.autograd.function import once_differentiable
 
 from flora.checks import FLOATS, check, check_dtype, check_no_leaf, check_ranks, check_reverse, check_weight, check_writable
 from flora.library import LIB, implement
-from flora.merges import Rounding, add_many_, merge_, merge_many_, stack_
+from flora.merges import Rounding, add_many_, check_many, merge_, merge_many_, stack_
 from flora.segments import Frozen, HasRanks, Segments, frozen_operand, keys_of, row_keys, segments_of
 
-__all__ = ["lora_linear", "lora_linears", "lora_add_", "merge_", "merge_many_", "add_many_", "stack_", "Rounding",
+__all__ = ["lora_linear", "lora_linears", "lora_add_", "merge_", "merge_many_", "add_many_", "check_many", "stack_",
+           "Rounding",
            "Segments", "Frozen", "row_keys", "FLOATS"]
 
 _SEGMENTS = "Tensor[] frozen, Tensor? row_offsets, Tensor? rank_offsets, Tensor? frozen_ranges"

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flora.adapter import Adapters, all_layers, stack
 from flora.client import LocalClient
-from flora.errors import StrategyError
+from flora.errors import FloraError, StrategyError
 from flora.messages import Broadcast, Update
 from flora.seeds import derive
 from flora.strategies import aggregate, strategy_named
@@ -91,7 +91,7 @@ class Server:
         try:
             for update in updates:
                 self.receive(update)
-        except StrategyError:
+        except FloraError:
             self.discard()
             raise
         return self._send(self.stream.close()) if self.stream.clients else self.broadcast
@@ -116,14 +116,14 @@ class Server:
         now = self.broadcast
         if version > now.version:
             raise StrategyError(f"expected a base of version {now.version} at most; got {version}, which this server never sent")
+        if now.merge is None and now.base is None and not self._merges:
+            return now                                              # a strategy that never merges: nothing was missed
         missed = [merge for number, merge in sorted(self._merges.items()) if number > version]
         if now.base is not None or version >= now.version - 1:
             return now
         whole = bool(missed) and set(range(version + 1, now.version + 1)) <= set(self._merges)
         if weights is not None and (not whole or _bytes(missed) > sum(w.nbytes for w in weights.values())):
             return replace(now, merge=None, base=weights)
-        if now.merge is None and not self._merges:
-            return now                                              # a strategy that never merges: nothing was missed
         if not whole:
             raise StrategyError(f"expected the merges of versions {version + 1} to {now.version}; this server holds "
                                 f"{sorted(self._merges) or 'none'}. Give weights: those of the server's model.")

@@ -66,14 +66,24 @@ def _shards(folder: Path) -> dict[str, str]:
     index = folder / INDEX
     try:
         if index.exists():
-            return json.loads(index.read_text())["weight_map"]
+            places = dict(json.loads(index.read_text())["weight_map"])
+            for file in sorted(set(places.values())):
+                if Path(file).name != file or not (folder / file).is_file():
+                    raise DataError(f"{index}: expected the names of files beside it; got {file!r}, which is none")
+                with safe_open(folder / file, "pt") as opened:
+                    strays = {n for n, where in places.items() if where == file} - set(opened.keys())
+                if strays:
+                    raise DataError(f"{index}: expected {sorted(strays)[0]} in {file}; it is not there")
+            return places
         files = sorted(folder.glob("*.safetensors"))
         if len(files) != 1:
             raise DataError(f"expected model.safetensors, or shards with {INDEX}, in {folder}; got "
                             f"{[f.name for f in files] or 'none'}. Save the model with save_pretrained first.")
         with safe_open(files[0], "pt") as file:
             return dict.fromkeys(file.keys(), files[0].name)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{folder}: expected readable safetensors; got {type(error).__name__}: {error}") from error
 
 
@@ -87,6 +97,10 @@ def _tensor_names(model: "PreTrainedModel", layers: Sequence[str], tensors: Mapp
             raise DataError(f"{layer}: expected its weight in {folder} as {name}; the safetensors there have none. Load the model "
                             "with transformers, use flora.merge, and save it.")
         out[layer] = found[0]
+        with safe_open(folder / tensors[found[0]], "pt") as file:
+            dtype = file.get_slice(found[0]).get_dtype()
+        if dtype not in ("F32", "F64", "F16", "BF16"):
+            raise DataError(f"{layer}: expected a weight in float32, float64, float16 or bfloat16; got {dtype}")
     return out
 
 
@@ -104,8 +118,12 @@ def merge_files(base: str | Path, adapters: Sequence[str | Path], out: str | Pat
     if len(p) != len(adapters) or not all(math.isfinite(one) for one in p):
         raise AdapterError(f"expected one finite weight an adapter, {len(adapters)} of them; got {p}")
     source, target = _folder(base), Path(out).expanduser()
-    _check_target(source, target, overwrite)
-    if json.loads((source / "config.json").read_text()).get("quantization_config"):
+    _check_target([source, *map(Path, adapters)], target, overwrite)
+    try:
+        quantised = json.loads((source / "config.json").read_text()).get("quantization_config")
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{source}: expected a readable config.json; got {type(error).__name__}: {error}") from error
+    if quantised:
         raise DataError(f"{source}: expected weights in floating point; got a quantised model. Merge into the model it was made "
                         "of, or keep the update beside it (merge_into: adapter).")
     parties = [{layer: a * one for layer, a in load_peft(path).items()} for path, one in zip(adapters, p, strict=True)]
@@ -126,10 +144,14 @@ def merge_files(base: str | Path, adapters: Sequence[str | Path], out: str | Pat
     return target
 
 
-def _check_target(source: Path, target: Path, overwrite: bool) -> None:
-    """Raises RunError where writing to target would replace what the user may want to keep."""
-    if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
-        raise RunError(f"expected an --out outside the base, {source}; got {target}")
+def _check_target(sources: Sequence[Path], target: Path, overwrite: bool) -> None:
+    """Raises RunError where writing to target would replace what is read, or what the user may want to keep."""
+    own, here = target.resolve(), Path.cwd().resolve()
+    if own == here or own in here.parents:
+        raise RunError(f"expected an --out that is not the folder one stands in, or around it; got {target}")
+    for source in (source.expanduser().resolve() for source in sources):
+        if own == source or source in own.parents or own in source.parents:
+            raise RunError(f"expected an --out outside the base and the adapters, and not around them; got {target}, and {source}")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         if not (target / "config.json").is_file():
             raise RunError(f"{target} exists and is not a model, so it is not replaced. Choose another --out.")
@@ -165,9 +187,6 @@ def _merge_shard(source: Path, target: Path, places: Mapping[str, str], turned: 
         names, metadata = file.keys(), file.metadata()
         held = {name: file.get_tensor(name) for name in names}
     own = [held[name].T if layer in turned else held[name] for layer, name in places.items()]
-    for (layer, _), weight in zip(places.items(), own, strict=True):
-        if weight.dtype not in ops.FLOATS:
-            raise DataError(f"{layer}: expected a weight in float32, float64, float16 or bfloat16; got {weight.dtype}")
     parts: list[list[Adapter]] = [[party[layer] for party in parties if layer in party] for layer in places]
     ops.merge_many_(own, *([[getattr(a, factor) for a in part] for part in parts] for factor in ("A", "B", "scale")),
                     rounding=rounding, seed=[derive(seed, layer) for layer in places])

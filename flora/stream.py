@@ -35,11 +35,18 @@ class Stream:
         if weighting not in ("examples", "uniform") or absent not in ("zero", "renormalise"):
             raise StrategyError('expected weighting "examples" or "uniform", absent "zero" or "renormalise"; got '
                                 f"{weighting!r}, {absent!r}")
+        if merge_config is not None and merge_config.into != "base":
+            raise StrategyError("expected a merge_config that writes into the base, as a stream does at its close; got into "
+                                f"{merge_config.into!r}")
         self.model, self.shapes, self.run, self.weighting, self.absent = model, dict(shapes), run, weighting, absent
         self.max_ranks, self.rank, self.tol, self.merge_config = max_ranks, rank, tol, merge_config or MergeConfig()
         self.errors: dict[str, float] = {}
         own = weights(model, list(self.shapes))
-        self._sums = {layer: torch.zeros(shape, device=own[layer].device) for layer, shape in self.shapes.items()}
+        for layer, shape in self.shapes.items():
+            if tuple(own[layer].shape) != tuple(shape):
+                raise StrategyError(f"{layer}: expected the shape of the model's weight, {tuple(own[layer].shape)}; got "
+                                    f"{tuple(shape)}")
+        self._sums = {layer: torch.zeros(w.shape, dtype=torch.float32, device=w.device) for layer, w in own.items()}
         self.discard()
 
     @property
@@ -49,6 +56,7 @@ class Stream:
 
     def discard(self) -> None:
         """Forgets the round so far."""
+        self._began = -1
         self._waiting: list[tuple[dict[str, Adapter], float]] = []
         self._total, self._totals, self.clients = 0.0, dict.fromkeys(self.shapes, 0.0), set()
         for total in self._sums.values():
@@ -68,6 +76,11 @@ class Stream:
             raise StrategyError(f"client {who}: expected one update a round; got a second")
         check_update(update, who, self.shapes)
         n = float(update.num_examples) if self.weighting == "examples" else 1.0
+        for layer, a in update.adapters.items():
+            if not bool(torch.isfinite(a.scale * n).all()):
+                raise StrategyError(f"client {who}, {layer}: expected numbers that num_examples ({update.num_examples}) leaves "
+                                    f"finite; got a scale of {float(a.scale.abs().max()):.3g}. Leave the client out.")
+        self._began = self.version
         self._waiting.append((dict(update.adapters), n))
         self.clients.add(who)
         self._total += n
@@ -88,10 +101,20 @@ class Stream:
     def close(self) -> Broadcast:
         """Divides by Σ n, writes the base once, and returns what clients must follow with. The next round may begin.
 
-        Raises StrategyError for a round without updates, and leaves the base as it was.
+        A dense broadcast holds every layer, in the base's own memory: encode it before the next close. Raises StrategyError for a
+        round without updates, or a base that changed meanwhile; an error leaves the base as it was and discards the round.
         """
         if not self.clients:
             raise StrategyError("expected at least one update to aggregate; got none. Did every client of the round fail?")
+        try:
+            if self.version != self._began:
+                raise StrategyError(f"expected the base at version {self._began}, on which the updates were trained; it is at "
+                                    f"version {self.version} now: something else merged into it. The round is discarded.")
+            return self._close()
+        finally:
+            self.discard()
+
+    def _close(self) -> Broadcast:
         self._flush()
         layers = [layer for layer, total in self._totals.items() if total]
         for layer in layers:
@@ -108,6 +131,5 @@ class Stream:
             add_dense(self.model, {layer: self._sums[layer] for layer in layers}, rounding=how.rounding, residual=how.residual,
                       seed=how.seed_of(version))
             resume_at(self.model, self.run, version, merged=True)
-            broadcast = Broadcast(base=weights(self.model, layers), version=version, run=self.run)
-        self.discard()
+            broadcast = Broadcast(base=weights(self.model, list(self.shapes)), version=version, run=self.run)
         return broadcast

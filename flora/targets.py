@@ -92,8 +92,8 @@ def check_shape(name: str, adapter: Adapter, shape: tuple[int, int]) -> None:
         raise TargetError(f"{name}: expected an adapter for (out, in) = {shape}; got {adapter.shape}, of another model")
 
 
-def bases_of(model: nn.Module, adapters: Adapters) -> dict[str, nn.Module]:
-    """The linear module of every adapter, checked: it exists, fits, and shares its weight with no other module."""
+def bases_of(model: nn.Module, adapters: Adapters, tied: bool = False) -> dict[str, nn.Module]:
+    """The linear module of every adapter, checked: it exists, fits, and shares its weight with no other module (unless tied)."""
     linears, bases = linear_modules(model), {}
     for name, adapter in adapters.items():
         base = bases[name] = linears.get(name)
@@ -102,5 +102,6 @@ def bases_of(model: nn.Module, adapters: Adapters) -> dict[str, nn.Module]:
                               "model?")
         refuse_parametrized(base, name)
         check_shape(name, adapter, shape_of(base))
-    refuse_tied(model, bases)
+    if not tied:
+        refuse_tied(model, bases)
     return bases

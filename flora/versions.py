@@ -61,9 +61,15 @@ def bring_to(model: nn.Module, broadcast: Broadcast, how: MergeConfig | None = N
     versions: dict[str, tuple[int, bool]] = model.__dict__.setdefault("_flora_versions", {})
     have, changed = versions.get(broadcast.run, (0, False))
     news = broadcast.merge is not None or broadcast.base is not None
+    if broadcast.merge is not None and broadcast.base is not None:
+        raise RunError("expected a broadcast with merge or with base, which holds what was merged; got both")
     if broadcast.version < have and (broadcast.run or news):
         raise RunError(f"the base of this model is at version {have} of run {broadcast.run!r}; got a broadcast of version "
                        f"{broadcast.version}. Give another run its own name (Broadcast.run), or a model of its own.")
+    if not news and changed and broadcast.version > have + 1:
+        raise RunError(f"the base of this model is at version {have} of run {broadcast.run!r}, which merges; got a broadcast of "
+                       f"version {broadcast.version} without one. The merges between are missing: ask the server for them "
+                       f"(Server.catch_up({have})).")
     if not news:
         versions[broadcast.run] = (max(have, broadcast.version), changed and broadcast.version <= have)
         return False
@@ -99,5 +105,5 @@ def write_into(model: nn.Module, adapters: Adapters, how: MergeConfig, seed: int
 
 def resume_at(model: nn.Module, run: str, version: int, merged: bool) -> None:
     """Says of a model that was loaded from a checkpoint which version of a run it is, and whether merges changed its base."""
-    model._flora_versions = {run: (version, True)}
-    model._flora_merged = merged
+    model.__dict__.setdefault("_flora_versions", {})[run] = (version, True)
+    model._flora_merged = merged or model.__dict__.get("_flora_merged", False)

@@ -174,6 +174,12 @@ def test_memory_that_two_weights_share_is_refused_and_blocks_of_one_matrix_are_n
         with pytest.raises(AdapterError, match="residual 0: expected memory of its own|weight 0: expected memory of its own"):
             ops.merge_(pair[0], a.A, a.B, a.scale, residual=pair[1])
         assert torch.equal(flat, before)
+    wide = torch.randn(200, 30)
+    three = [wide[:100, 0:10], wide[:50, 10:20], wide[:50, 15:25]]
+    with pytest.raises(AdapterError, match="weight 2: expected memory of its own"):
+        ops.merge_many_(three, *factors([[adapter(*w.shape, 2)] for w in three]))
+    with pytest.raises(AdapterError, match="expected a tensor that owns each of its elements"):
+        ops.merge_(flat[:10].unfold(0, 5, 1), *(getattr(a, name) for name in ("A", "B", "scale")))
     fused = torch.randn(6, 10)
     left, right, expected = fused[:, :5], fused[:, 5:], fused.clone()
     ops.merge_many_([left, right], *factors([[a], [a]]))
@@ -229,6 +235,15 @@ def test_add_many_rounds_as_merge_many_does():
     for bad in (update.T, update.half(), update * float("nan")):
         with pytest.raises(AdapterError, match="expected .*got"):
             ops.add_many_([torch.zeros(150, 71)], [bad])
+    weight = torch.randn(300, 300)
+    for given, options in ((([weight, weight], [weight.clone()] * 2), {}), (([weight], []), {}),
+                           (([weight], [weight.clone()]), {"residuals": [torch.zeros(3, 3)]})):
+        before = weight.clone()
+        with pytest.raises(AdapterError, match="expected .*got"):
+            ops.add_many_(*given, **options)
+        assert torch.equal(weight, before)
+    before = weight.clone()
+    assert torch.equal(ops.add_many_([weight], [weight.T])[0], before + before.T)       # read before it is written
     assert reference.round_to(torch.tensor([3e38]), torch.bfloat16, torch.tensor([-1], dtype=torch.int32)).isfinite().all()
 
 

@@ -97,7 +97,7 @@ def test_join_makes_what_encode_makes():
     assert join(*split(SMALL)) == SMALL
 
 
-DENSE = Broadcast(merge={"l": adapter(1, (2, 2))}, version=5, since=2,
+DENSE = Broadcast(start={"l": adapter(1, (2, 2))}, version=5, since=2,
                   base={"a": torch.randn(2, 3), "b": torch.ones(1, 4).bfloat16()})
 
 
@@ -105,7 +105,9 @@ def test_dense_weights_and_since_come_back():
     got = decode(encode(DENSE), expected={"l": (2, 2), "a": (2, 3), "b": (1, 4)})
     assert (got.since, got.version, list(got.base)) == (2, 5, ["a", "b"])
     assert all(torch.equal(got.base[n], w) and got.base[n].dtype == w.dtype for n, w in DENSE.base.items())
-    assert decode(encode(Broadcast())).base is None and decode(encode(Broadcast(base={}))).base == {}
+    assert decode(encode(Broadcast())).base is None
+    for broadcast in (Broadcast(base={}), Broadcast(base=DENSE.base, merge=DENSE.start)):
+        refused(encode(broadcast), "weights of at least one layer, and no merge")
 
 
 def test_dense_weights_that_lie_are_refused():

@@ -1,6 +1,7 @@
 """`flora merge`: what PEFT saved, merged as PEFT merges it, shard by shard; and nothing that looks whole where anything failed."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,7 +176,7 @@ def test_a_folder_that_exists_is_kept_unless_it_is_a_model_to_overwrite(place, t
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     for out, options in ((tmp_path / "mine", {}), (tmp_path / "mine", {"overwrite": True}), (base, {"overwrite": True}),
                          (base / "inside", {})):
-        with pytest.raises(RunError, match="exists and is not a model|outside the base"):
+        with pytest.raises(RunError, match="exists and is not a model|outside the base and the adapters"):
             merge_files(base, adapters, out, quiet=True, **options)
     assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
     (tmp_path / "empty").mkdir()
@@ -183,6 +184,53 @@ def test_a_folder_that_exists_is_kept_unless_it_is_a_model_to_overwrite(place, t
     with pytest.raises(RunError, match="--overwrite"):
         merge_files(base, adapters, tmp_path / "empty", quiet=True)
     merge_files(base, adapters[:1], tmp_path / "empty", overwrite=True, quiet=True)
+
+
+def test_the_folder_one_stands_in_and_names_like_others(place, tmp_path, monkeypatch):
+    """--out ., --out beside a folder that looks like a stage of it, and names that a pattern would match."""
+    _, base, adapters, _ = place
+    keep = [tmp_path / name for name in (".merged-backup", ".flora-keep", ".xzq-keep")]
+    for folder in keep:
+        folder.mkdir()
+        (folder / "thesis").write_text("years")
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for out in (".", "..", here, "../here/"):
+        with pytest.raises(RunError, match="one stands in"):
+            merge_files(base, adapters, out, overwrite=True, quiet=True)
+    merge_files(base, adapters, tmp_path / "merged", quiet=True)
+    merge_files(base, adapters, tmp_path / "x*q", quiet=True)
+    (tmp_path / "link").symlink_to(tmp_path / "merged")
+    merge_files(base, adapters, tmp_path / "link", overwrite=True, quiet=True)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "merged").stat().st_mode & 0o055
+    assert all((folder / "thesis").exists() for folder in keep)
+    monkeypatch.chdir("/")
+    with pytest.raises(RunError, match="not around them"):
+        merge_files(tmp_path / "merged", adapters, tmp_path, overwrite=True, quiet=True)
+    assert (tmp_path / "merged" / "config.json").exists()
+
+
+def test_an_index_that_lies_is_refused_and_nothing_is_written_elsewhere(place, tmp_path):
+    _, base, adapters, make = place
+    outside = tmp_path / "x.safetensors"
+    make().save_pretrained(tmp_path / "one")
+    shutil.copy(tmp_path / "one" / "model.safetensors", outside)
+    before = outside.read_bytes()
+    for number, change in enumerate((
+            lambda names: dict.fromkeys(names, str(outside)), lambda names: dict.fromkeys(names, "../x.safetensors"),
+            lambda names: dict.fromkeys(names, "missing.safetensors"), lambda names: {**names, "more": next(iter(names.values()))},
+            list, lambda names: 3)):
+        bad = tmp_path / f"bad{number}"
+        shutil.copytree(base, bad)
+        index = bad / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": change(json.loads(index.read_text())["weight_map"])}))
+        with pytest.raises(DataError, match="expected"):
+            merge_files(bad, adapters, tmp_path / "out", quiet=True)
+        assert not (tmp_path / "out").exists() and outside.read_bytes() == before
+    (bad / "config.json").write_text("half {")
+    with pytest.raises(DataError, match="config.json"):
+        merge_files(bad, adapters, tmp_path / "out", quiet=True)
 
 
 KILLED = """
@@ -208,6 +256,6 @@ def test_a_killed_merge_leaves_nothing_that_looks_whole(place, tmp_path):
         process.wait(30)
     time.sleep(0.1)
     left = [p.name for p in tmp_path.iterdir()]
-    assert not out.exists() and len(left) == 1 and left[0].startswith(".out-")
+    assert not out.exists() and len(left) == 1 and left[0].startswith(".flora-")
     merge_files(base, adapters, out, quiet=True)                          # and the next one clears what was left
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

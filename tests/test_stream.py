@@ -210,3 +210,60 @@ def test_peak_memory_does_not_know_the_number_of_clients():
     done = python("-c", MEMORY, "2200")
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 12_000, f"{done.stdout} kB more"
+
+
+def test_streams_leave_other_runs_alone_and_refuse_a_base_that_moved():
+    model, name = llama(), next(iter(LAYERS))
+    other = Broadcast(merge={name: adapter(2, LAYERS[name])}, version=1, run="other")
+    bring_to(model, other)
+    stream = Stream(model, LAYERS, run="r")
+    stream.add(updates(1)[0])
+    stream.close()
+    assert not bring_to(model, other) and version_of(model, "other") == 1
+    stream.add(updates(1, version=1)[0])
+    bring_to(model, Broadcast(merge={name: adapter(2, LAYERS[name])}, version=2, run="r"))
+    before = weight(model, name).clone()
+    with pytest.raises(StrategyError, match="something else merged into it"):
+        stream.close()
+    assert torch.equal(weight(model, name), before) and not stream.clients
+
+
+def test_a_close_that_fails_discards_the_round(monkeypatch):
+    model, given = llama(), updates(3)
+    stream = Stream(model, LAYERS)
+    for update in given:
+        stream.add(update)
+    with monkeypatch.context() as patch:
+        patch.setattr("flora.stream.add_dense", lambda *args, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            stream.close()
+    assert not stream.clients
+    before = weight(model, next(iter(LAYERS))).double()
+    for update in given:
+        stream.add(update)
+    stream.close()
+    assert relative(weight(model, next(iter(LAYERS))), before + exact(given)[next(iter(LAYERS))]) < 1e-6
+
+
+def test_a_client_that_missed_rounds_of_a_stream_gets_every_layer():
+    rows = [{"input_ids": [1, 2], "labels": [1, 2]}]
+    model, late, names = llama(), llama(), list(LAYERS)
+    server = Server("flora", [flora.LocalClient("c0", rows)], Broadcast(run="r"), stream=Stream(model, LAYERS, run="r"))
+    for version, name in enumerate(names):
+        server.close([Update({name: adapter(2, LAYERS[name])}, 1, {}, version, "c0")])
+    bring_to(late, server.catch_up(0))
+    assert all(torch.equal(weight(late, name), weight(model, name)) for name in names) and version_of(late, "r") == 2
+
+
+def test_what_a_stream_cannot_do_is_refused():
+    model = llama()
+    with pytest.raises(StrategyError, match="writes into the base"):
+        Stream(model, LAYERS, merge_config=MergeConfig(into="adapter"))
+    with pytest.raises(StrategyError, match="shape of the model's weight"):
+        Stream(model, dict.fromkeys(LAYERS, (16, 16)))
+    stream, name = Stream(model, LAYERS), next(iter(LAYERS))
+    huge = adapter(2, LAYERS[name])
+    with pytest.raises(StrategyError, match="leaves finite"):
+        stream.add(Update({name: Adapter(huge.A, huge.B, 1e38)}, 100, {}, 0, "huge"))
+    stream.add(updates(1)[0])
+    stream.close()

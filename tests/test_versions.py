@@ -254,3 +254,64 @@ def test_updates_may_come_one_by_one():
 def test_settings_that_mean_nothing_are_refused(settings):
     with pytest.raises(ConfigError, match="expected .*got"):
         MergeConfig(**settings)
+
+
+def two_dtypes():
+    """One layer in bf16, which gets a residual, one in fp32: two calls of the operator."""
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=False), torch.nn.Linear(5, 4, bias=False))
+    model[0].to(torch.bfloat16)
+    return model
+
+
+def test_a_merge_of_several_calls_is_all_or_nothing():
+    a, b = adapter(2, (5, 6)), adapter(2, (4, 5))
+    for verb in (lambda m, bad: flora.merge(m, {"0": a, "1": bad}, residual=True),
+                 lambda m, bad: nn.add_dense(m, {"0": dense(a).float(), "1": dense(bad).float()}, residual=True)):
+        model = two_dtypes()
+        before = state(model)
+        b.B[1, 1] = float("nan")
+        with pytest.raises(AdapterError, match="finite"):
+            verb(model, b)
+        assert same_state(model, before)
+        b.B[1, 1] = 1.0
+        verb(model, b)
+        assert not any(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    model = two_dtypes()
+    model[1].weight = torch.nn.Parameter(torch.ones(1, 5).expand(4, 5), requires_grad=False)
+    before = state(model)
+    with pytest.raises(AdapterError, match="owns each of its elements"):
+        flora.merge(model, {"0": a, "1": b}, residual=True)
+    assert same_state(model, before)
+
+
+def test_a_version_cannot_pass_over_merges_and_a_base_comes_without_a_merge():
+    model = llama()
+    bring_to(model, Broadcast(merge=merges(1), version=1, run="r"))
+    with pytest.raises(RunError, match="merges between are missing"):
+        bring_to(model, Broadcast(version=9, run="r"))
+    before = state(model)
+    with pytest.raises(RunError, match="got both"):
+        bring_to(model, Broadcast(merge=merges(2), base=nn.weights(llama(seed=3), list(LAYERS)), version=2, run="r"))
+    assert same_state(model, before) and version_of(model, "r") == 1 and not bring_to(model, Broadcast(version=2, run="r"))
+
+
+def test_what_cannot_be_kept_beside_a_base_is_refused_and_small_updates_survive():
+    encoder = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    with pytest.raises(TargetError, match="past an adapter"):
+        nn.accumulate(encoder, {"linear1": adapter(2, (16, 8))})
+    with pytest.raises(TargetError, match="itself one linear"):
+        nn.accumulate(torch.nn.Linear(3, 4), {"": adapter(2, (4, 3))})
+    model, name = llama(), next(iter(LAYERS))
+    half = adapter(2, LAYERS[name], 1, dtype=torch.float16)
+    small = flora.Adapter(adapter(2, LAYERS[name], 2).A * 1e-9, adapter(2, LAYERS[name], 3).B, 1e9)
+    nn.accumulate(model, {name: half})
+    nn.accumulate(model, {name: small})
+    assert relative(dense(nn.accumulated(model)[name]), dense(half) + dense(small)) < 1e-6
+
+
+def test_checkpoints_hold_stacks_of_any_rank(tmp_path):
+    from flora.checkpoint import RunFolder
+    folder, wide = RunFolder(tmp_path / "run"), flora.Adapter(torch.ones((1 << 20) + 1, 1), torch.ones(1, (1 << 20) + 1), 1.0)
+    folder.begin("{}", {})
+    folder.save_checkpoint(llama(), 1, Broadcast(merge={"l": wide}, version=1), {})
+    assert folder.load_checkpoint().broadcast.merge["l"].rank == (1 << 20) + 1

@@ -70,7 +70,8 @@ def _run(config: RunConfig, folder: RunFolder, job: Job, resumed: Resumed | None
             report.add(server_row(0, job, server, home, {}) | {"bytes_down": start})
         rounds(config, job, server, report, folder, home)
         if server.broadcast.start is not None:
-            write_into(job.model, server.broadcast.start, job.merge_config)    # last: nothing trains on this model any more
+            seed = job.merge_config.seed_of(server.broadcast.version)
+            write_into(job.model, server.broadcast.start, job.merge_config, seed)    # last: nothing trains on this model any more
         saved = folder.save_model(job.model, job.tokenizer, config.model_name_or_path)
         folder.mark("finished", config.num_rounds)
     console = Console()
