@@ -1,14 +1,19 @@
-"""The clients of a round and the model they share: `fit` trains them all and gives back one Update each.
+"""The clients of a round and the model they share: `fit` trains them all in one batch and gives back one Update each.
+
+Their rows are concatenated and routed to their own ranks (packed.py), so the frozen base is read once for all of them. Two clients
+never share a sequence, and the sum of the clients' mean losses is what is differentiated: every gradient is its client's own.
 
 A client's training is a pure function of (base, start, its rows, its settings, seed, version): its order of rows, its fresh
-ranks and its dropout masks are keyed by its name, never drawn from a shared stream. So a client trains to the same adapter
-alone or in company, in whatever order the clients come, and a client that fails takes nothing from the others.
+ranks and its dropout masks are keyed by its name, never drawn from a shared stream. So a client trains to the same adapter, but for
+the rounding of sums, alone or in company, and a client that is done or fails leaves the batch and takes nothing from the others.
+(Dropout that the base model has of its own is drawn for the whole batch.)
 
 The step is AdamW (betas 0.9, 0.999, eps 1e-8) on the mean loss over the labelled tokens of the whole optimiser step,
 accumulation included; gradients are clipped by the client's own norm; the schedule restarts every round.
 """
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,14 +38,16 @@ log = logging.getLogger(__name__)
 
 Rows = Sequence[Mapping[str, Sequence[int]]]
 OnStep = Callable[[str, int, int, float], None]
+TOKENS = 2048
 
 
 class Cohort:
     """Clients that share one frozen base.
 
     model: a causal LM (input_ids, attention_mask -> .logits); targets: which modules carry adapters, as in flora.attach;
-    max_tokens_per_batch: tokens that one pass may hold ("auto": a client's own batch). merge_config: how a broadcast's merge
-    reaches the base. Clients need names of their own.
+    max_tokens_per_batch: padded tokens that one pass may hold, of at least one sequence ("auto": 2,048); where the memory does not
+    suffice it is halved, and the step taken again. merge_config: how a broadcast's merge reaches the base. Clients need names of
+    their own.
     After fit, failures says which clients gave no update, and why. Raises ConfigError, TargetError.
     """
 
@@ -54,6 +61,7 @@ class Cohort:
             raise ConfigError(f'max_tokens_per_batch: expected "auto" or at least 1; got {max_tokens_per_batch}')
         self.model, self.clients, self.train_config, self.targets = model, list(clients), train_config, targets
         self.max_tokens_per_batch, self.merge_config = max_tokens_per_batch, merge_config
+        self._budget = TOKENS if max_tokens_per_batch == "auto" else max_tokens_per_batch
         self.shapes = target_shapes(model, targets)
         self.failures: dict[str, str] = {}
 
@@ -154,12 +162,27 @@ class Cohort:
 
         What is differentiated is the sum of the clients' means: it falls apart into theirs, as no row meets another's ranks.
         """
-        config, device = self.train_config, device_of(self.model)
         labelled = {k: num_label_tokens(rows) for k, rows in batches.items()}
         places = [_Place(k, i, row) for k, rows in batches.items() for i, row in enumerate(rows) if num_label_tokens([row])]
-        losses = dict.fromkeys(batches, 0.0)
+        while True:
+            try:
+                return self._accumulate(packed, members, places, labelled)
+            except RuntimeError as error:                               # torch.OutOfMemoryError is one; the CPU has none of its own
+                longest = max(len(place.row["input_ids"]) for place in places)
+                if not re.search("out of memory|can't allocate memory|not enough memory", str(error)) or self._budget <= longest:
+                    raise
+                self._budget = max(longest, self._budget // 2)
+                log.warning("out of memory: passes hold at most %d tokens from now on, and the step is taken again", self._budget)
+                if device_of(self.model).type == "cuda":
+                    torch.cuda.empty_cache()
+
+    def _accumulate(self, packed: Packed, members: Sequence["_Member"], places: Sequence["_Place"],
+                    labelled: Mapping[int, int]) -> dict[int, float]:
+        """The gradients and losses of a step, pass by pass."""
+        config, device = self.train_config, device_of(self.model)
+        losses = dict.fromkeys(labelled, 0.0)
         packed.zero_grad()
-        for part in passes(places, self.max_tokens_per_batch):
+        for part in passes(places, self._budget):
             batch = {name: t.to(device) for name, t in collate([place.row for place in part], config.pad_token_id).items()}
             length = batch["input_ids"].shape[1]
             keys = None
@@ -219,12 +242,11 @@ def _groups(members: Sequence[_Member], ranks: int = 1024, count: int = 256) -> 
         yield group
 
 
-def passes(places: Sequence[_Place], max_tokens: int | str) -> Iterator[list[_Place]]:
-    """Cuts a step into passes of at most max_tokens padded tokens ("auto": 2,048), sequences of like length together.
+def passes(places: Sequence[_Place], budget: int) -> Iterator[list[_Place]]:
+    """Cuts a step into passes of at most so many padded tokens, of at least one sequence; sequences of like length together.
 
     At most a quarter of a pass is padding, but for small ones. In a pass rows lie client by client.
     """
-    budget = 2048 if max_tokens == "auto" else max_tokens
     ordered = sorted(places, key=lambda place: -len(place.row["input_ids"]))
     part: list[_Place] = []
     for place in ordered:

@@ -98,14 +98,14 @@ def test_more_ranks_than_a_kernel_takes_train_in_groups():
 
 def test_passes_hold_every_row_once_within_the_budget_and_little_padding():
     places = [_Place(k % 7, k, {"input_ids": [1] * (1 + (k * 37) % 200)}) for k in range(300)]
-    for budget in (1, 300, 2048, "auto"):
+    for budget in (1, 300, 2048):
         cut = list(passes(places, budget))
         assert sorted(p.sequence for part in cut for p in part) == list(range(300))
         for part in cut:
             assert [p.client for p in part] == sorted(p.client for p in part)
             padded = len(part) * max(len(p.row["input_ids"]) for p in part)
             used = sum(len(p.row["input_ids"]) for p in part)
-            assert len(part) == 1 or padded <= (2048 if budget == "auto" else budget)
+            assert len(part) == 1 or padded <= budget
             assert used >= 0.7 * padded or padded <= 512
 
 
@@ -120,4 +120,34 @@ def test_a_nan_in_one_client_stays_there(monkeypatch):
     assert [u.client for u in together] == ["c0", "c1", "c2"] and "finite loss" in cohort.failures["bad"]
     for update, alone in zip(together, Cohort(model, good, config, TARGETS).fit(Broadcast()), strict=True):
         assert near(update.adapters, alone.adapters)
+    assert flora.nn.lora_layers(model) == {}
+
+
+def test_out_of_memory_halves_the_pass_and_takes_the_step_again(monkeypatch, caplog):
+    from flora import cohort as module
+    model, real, seen = llama(dtype=torch.float64), module.sequence_losses, []
+    clients = [LocalClient(f"c{k}", token_rows(4, seed=k), 4, 8) for k in range(4)]
+    config = TrainConfig(1e-2, max_steps=3, per_device_train_batch_size=3)
+    expected = Cohort(model, clients, config, TARGETS).fit(Broadcast())
+
+    def small(model, batch):
+        seen.append(batch["input_ids"].numel())
+        if batch["input_ids"].numel() > 60:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return real(model, batch)
+
+    monkeypatch.setattr(module, "sequence_losses", small)
+    got = Cohort(model, clients, config, TARGETS).fit(Broadcast())
+    assert max(seen) > 60 and sum(n > 60 for n in seen) < 8 and "from now on" in caplog.text
+    assert all(near(a.adapters, b.adapters) for a, b in zip(got, expected, strict=True))
+    monkeypatch.setattr(module, "sequence_losses", lambda model, batch: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Cohort(model, clients, config, TARGETS).fit(Broadcast())
+
+    def never(model, batch):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+
+    monkeypatch.setattr(module, "sequence_losses", never)
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        Cohort(model, clients, config, TARGETS).fit(Broadcast())
     assert flora.nn.lora_layers(model) == {}

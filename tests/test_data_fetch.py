@@ -17,6 +17,7 @@ import pytest
 import flora.data as data
 from flora.data import SOURCES, download
 from flora.errors import FetchError
+from flora.files import staged
 
 PAYLOAD = random.Random(0).randbytes(300_000)
 
@@ -176,7 +177,8 @@ def test_half_an_unpacked_file_is_never_taken_for_whole(server, monkeypatch, fai
 def test_a_killed_process_leaves_nothing_that_counts(server):
     target = data.cache_folder() / "tiny-1.0"
     target.mkdir(parents=True)
-    stale = data.cache_folder() / ".tiny-1.0-killed"
+    with staged(target) as stage:
+        stale = stage.with_name(stage.name + "killed")
     stale.mkdir()
     assert not data.cached("tiny")
     assert (data.fetch("tiny", quiet=True) / "data.bin").read_bytes() == PAYLOAD

@@ -33,12 +33,14 @@ def whole(place):
 
 
 def stop_at(monkeypatch, number, error=KeyboardInterrupt):
-    """Raises at the start of the second step of the third client of a round."""
-    seen, step_before = {"fits": 0}, Report.on_step
+    """Raises at the second step of a round, when some clients have done it and others not."""
+    seen, step_before = {"rounds": 0, "last": 0, "second": 0}, Report.on_step
 
     def on_step(self, client, step, steps, loss):
-        seen["fits"] += step == 1
-        if seen["fits"] == 3 * number + 3 and step == 2:
+        seen["rounds"] += step == 1 and seen["last"] != 1
+        seen["last"] = step
+        seen["second"] += seen["rounds"] == number + 1 and step == 2
+        if seen["second"] == 2:
             raise error
         step_before(self, client, step, steps, loss)
 
