@@ -56,7 +56,7 @@ def _empty_model(folder: Path) -> "PreTrainedModel":
         with torch.device("meta"):
             model = getattr(cls, "_from_config", None) or cls.from_config
             return model(config)
-    except Exception as error:
+    except Exception as error:  # whatever a configuration that is not one makes transformers raise
         raise DataError(f"expected a folder that transformers can build a model from, at {folder}; got {type(error).__name__}: "
                         f"{str(error).splitlines()[0]}") from error
 

@@ -95,7 +95,8 @@ class SharedInput:
                                 frozen=None if first.frozen is None else [m.frozen for m in self.layers])
 
     def _alike(self) -> bool:
-        """Whether one call can serve all: the same dropout, and frozen ranks for all with the same ranges, or for none."""
+        """Whether one call can serve all: the same clients and dropout; frozen ranks for all, with the same ranges, or for none."""
         first = self.layers[0]
-        return all(m.dropout == first.dropout and m.training == first.training and (m.frozen is None) == (first.frozen is None)
+        return all(m.routing is first.routing and m.dropout == first.dropout and m.training == first.training
+                   and (m.frozen is None) == (first.frozen is None)
                    and (m.frozen is None or m.frozen.ranges is first.frozen.ranges) for m in self.layers[1:])
