@@ -38,16 +38,17 @@ log = logging.getLogger(__name__)
 
 Rows = Sequence[Mapping[str, Sequence[int]]]
 OnStep = Callable[[str, int, int, float], None]
-TOKENS = 2048
+# Of a pass. On 2 cores 512 was the fastest of 256 to 2,048, at half the memory of 2,048.
+TOKENS = {"cpu": 512, "cuda": 4096}
 
 
 class Cohort:
     """Clients that share one frozen base.
 
     model: a causal LM (input_ids, attention_mask -> .logits); targets: which modules carry adapters, as in flora.attach;
-    max_tokens_per_batch: padded tokens that one pass may hold, of at least one sequence ("auto": 2,048); where the memory does not
-    suffice it is halved, and the step taken again. merge_config: how a broadcast's merge reaches the base. Clients need names of
-    their own.
+    max_tokens_per_batch: padded tokens that one pass may hold, of at least one sequence ("auto": 512 on a CPU, 4,096 on a GPU);
+    where the memory does not suffice it is halved, and the step taken again. merge_config: how a broadcast's merge reaches the
+    base. Clients need names of their own.
     After fit, failures says which clients gave no update, and why. Raises ConfigError, TargetError.
     """
 
@@ -61,7 +62,7 @@ class Cohort:
             raise ConfigError(f'max_tokens_per_batch: expected "auto" or at least 1; got {max_tokens_per_batch}')
         self.model, self.clients, self.train_config, self.targets = model, list(clients), train_config, targets
         self.max_tokens_per_batch, self.merge_config = max_tokens_per_batch, merge_config
-        self._budget = TOKENS if max_tokens_per_batch == "auto" else max_tokens_per_batch
+        self._budget = TOKENS.get(device_of(model).type, 4096) if max_tokens_per_batch == "auto" else max_tokens_per_batch
         self.shapes = target_shapes(model, targets)
         self.failures: dict[str, str] = {}
 
