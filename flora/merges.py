@@ -125,9 +125,9 @@ def merge_many_(weights: Sequence[Tensor], As: Sequence[Sequence[Tensor]], Bs: S
                 seed: int | Sequence[int] | None = None) -> Sequence[Tensor]:
     """W_l += Σ_k B_lk diag(s_lk) A_lk in place for every layer l, from the clients' own buffers; no dense ΔW, no copy of a stack.
 
-    weights[l] (out, in), any strides, floating point, each with memory of its own (a tied weight once); As[l][k] (r, in),
-    Bs[l][k] (out, r), scales[l][k] (r,): lists over layers, each a list over clients, of any ranks. Products are summed in
-    fp32 (fp64 for fp64 weights) over all ranks; the weight is read once, written once and rounded once.
+    weights: (out, in) each, any strides, floating point, with memory of its own (a tied weight once); As, Bs, scales: lists over
+    layers, each a list over clients of any ranks, `As[layer][client]` being (r, in), of Bs (out, r), of scales (r,). Products are
+    summed in fp32 (fp64 for fp64 weights) over all ranks; the weight is read once, written once and rounded once.
     residuals: one tensor a layer of the weight's shape, such as bf16 beside bf16, that holds what rounding left (start with
     zeros): W + residual is exact to the residual's precision however many merges follow. rounding: "nearest" (to even), or
     "stochastic": up or down in proportion, so that the mean of many is exact; for 16-bit weights (with residuals: for them);
