@@ -73,8 +73,10 @@ class Adapter:
     __rmul__ = __mul__
 
     def to(self, *args, **kwargs) -> "Adapter":
-        """A and B moved or cast as Tensor.to does; scale moves and stays fp32."""
+        """A and B moved or cast as Tensor.to does; scale moves and stays fp32. Itself, where nothing changes."""
         A, B = self.A.to(*args, **kwargs), self.B.to(*args, **kwargs)
+        if A is self.A and B is self.B:
+            return self
         return Adapter(A, B, self.scale.to(A.device))
 
 

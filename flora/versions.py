@@ -86,7 +86,7 @@ def bring_to(model: nn.Module, broadcast: Broadcast, how: MergeConfig | None = N
 
 def _merge(model: nn.Module, broadcast: Broadcast, have: int, how: MergeConfig) -> None:
     since = broadcast.version - 1 if broadcast.since is None else broadcast.since
-    if broadcast.base is None and have != since and not (broadcast.version == have == since + 1):
+    if have != since and not (broadcast.version == have == since + 1):
         remedy = (f"The merges between are missing: ask the server for them (Server.catch_up({have}))." if have < since
                   else "It holds merges that this base has already.")
         raise RunError(f"the base of this model is at version {have} of run {broadcast.run!r}; got a broadcast of version "
