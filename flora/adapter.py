@@ -122,24 +122,37 @@ def _at_scale(a: Adapter, scale: Tensor) -> Adapter:
 def mean(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     """A = Σ p_k A_k, B = Σ p_k B_k with p_k = w_k / Σ w: FedAvg of the factors, which is not the average of ΔW.
 
-    Adapters of different scale are first written at one common scale (their weighted mean, same ΔW_k), since factors
+    As combine does it, for weights >= 0 that need not sum to 1. Raises AdapterError. Reference: FedIT, arXiv 2305.05644.
+    """
+    return combine(adapters, normalised(weights))
+
+
+def combine(adapters: Sequence[Adapter], coefficients: Sequence[float]) -> Adapter:
+    """A = Σ c_k A_k, B = Σ c_k B_k: a linear step on the factors, of any sign.
+
+    Adapters of different scale are first written at one common scale (their |c|-weighted mean, same ΔW_k), since factors
     trained under different alpha / r do not average. Sums run in fp32; dtypes promote, as in stack. Raises AdapterError for
     ranks that differ (pad first).
-    Reference: FedIT, arXiv 2305.05644.
     """
     _of_one_layer(adapters)
     if len({a.rank for a in adapters}) != 1:
         raise AdapterError(f"expected adapters of one rank; got {[a.rank for a in adapters]}. Pad them to one rank, or stack.")
-    if len(weights) != len(adapters):
-        raise AdapterError(f"expected one weight an adapter; got {len(weights)} for {len(adapters)} adapters")
-    p = normalised(weights)
-    scale = adapters[0].scale
-    if any(not torch.equal(a.scale, scale) for a in adapters):
-        scale = sum(pk * a.scale.abs() for pk, a in zip(p, adapters, strict=True))
-        adapters = [_at_scale(a, scale) for a in adapters]
-    A = sum(pk * a.A.to(_sum_dtype(a.A)) for pk, a in zip(p, adapters, strict=True))
-    B = sum(pk * a.B.to(_sum_dtype(a.B)) for pk, a in zip(p, adapters, strict=True))
+    if len(coefficients) != len(adapters):
+        raise AdapterError(f"expected one weight an adapter; got {len(coefficients)} for {len(adapters)} adapters")
+    scale = common_scale(adapters, coefficients)
+    adapters = [_at_scale(a, scale) if not torch.equal(a.scale, scale) else a for a in adapters]
+    A = sum(c * a.A.to(_sum_dtype(a.A)) for c, a in zip(coefficients, adapters, strict=True))
+    B = sum(c * a.B.to(_sum_dtype(a.B)) for c, a in zip(coefficients, adapters, strict=True))
     return Adapter(A.to(_common_dtype([a.A for a in adapters])), B.to(_common_dtype([a.B for a in adapters])), scale)
+
+
+def common_scale(adapters: Sequence[Adapter], coefficients: Sequence[float]) -> Tensor:
+    """The scale (r,) that all share, to the bit, or else the mean of their |scale|, weighted by |c|."""
+    scale = adapters[0].scale
+    if all(torch.equal(a.scale, scale) for a in adapters):
+        return scale
+    total = sum(abs(c) for c in coefficients)
+    return sum(abs(c) / total * a.scale.abs() for c, a in zip(coefficients, adapters, strict=True))
 
 
 def _common_dtype(factors: Sequence[Tensor]) -> torch.dtype:

@@ -22,6 +22,7 @@ from flora.adapter import Adapter, Adapters
 from flora.errors import AdapterError, MessageError
 
 FORMAT = 1
+TRAIN = ("AB", "A", "B", "core", "weight")
 _FACTORS = ("A", "B", "scale")
 
 
@@ -30,13 +31,14 @@ class Update:
     """What a client sends up: its whole adapters (the start included), and what the server needs to weigh them.
 
     num_examples: training rows, the weight of the client; metrics: numbers by name; base_version: of the broadcast it was
-    trained on; client: its name.
+    trained on; client: its name; base: its weights (out, in) by layer, for full fine-tuning, which has no adapters.
     """
     adapters: Adapters
     num_examples: int
     metrics: Mapping[str, float] = field(default_factory=dict)
     base_version: int = 0
     client: str = ""
+    base: Mapping[str, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,15 @@ class Broadcast:
     """What the server sends down.
 
     merge: adapters to write into the base, once per run and version; start: where training continues (None: every client
-    draws a fresh adapter); train: which factors train, "AB", "A" or "B"; version counts the base's states within a run.
+    draws a fresh adapter); train: what trains, the factors "AB", "A" or "B", the "core" of Fed-SB (A = core · its frame), or the
+    "weight" itself; version counts the base's states within a run.
     since: the version that merge adds to (None: version - 1; less for a client that missed rounds); base: weights (out, in) of
     this version by layer, which take the place of the model's: where they are fewer bytes than what was missed.
     """
     merge: Adapters | None = None
     start: Adapters | None = None
     version: int = 0
-    train: Literal["AB", "A", "B"] = "AB"
+    train: Literal["AB", "A", "B", "core", "weight"] = "AB"
     run: str = ""
     since: int | None = None
     base: Mapping[str, torch.Tensor] | None = None
@@ -80,8 +83,9 @@ def _parts(message: Update | Broadcast) -> dict[str, Adapters | None]:
 
 def _fields(message: Update | Broadcast) -> dict[str, object]:
     if isinstance(message, Update):
-        return {"kind": "update", "num_examples": int(message.num_examples), "base_version": int(message.base_version),
-                "metrics": {name: float(value) for name, value in message.metrics.items()}, "client": message.client}
+        fields = {"kind": "update", "num_examples": int(message.num_examples), "base_version": int(message.base_version),
+                  "metrics": {name: float(value) for name, value in message.metrics.items()}, "client": message.client}
+        return fields if message.base is None else {**fields, "base": list(message.base)}
     return {"kind": "broadcast", "version": int(message.version), "train": message.train, "run": message.run,
             "since": message.since, "base": None if message.base is None else list(message.base)}
 
@@ -91,7 +95,7 @@ def encode(message: Update | Broadcast) -> bytes:
     parts = {part: adapters for part, adapters in _parts(message).items() if adapters is not None}
     tensors = {f"{part}/{layer}/{factor}": getattr(adapter, factor).detach().cpu().clone(memory_format=torch.contiguous_format)
                for part, adapters in parts.items() for layer, adapter in adapters.items() for factor in _FACTORS}
-    dense = getattr(message, "base", None) or {}
+    dense = message.base or {}
     tensors |= {f"base/{layer}": w.detach().cpu().clone(memory_format=torch.contiguous_format) for layer, w in dense.items()}
     raw = safetensors.torch.save(tensors)
     size = struct.unpack("<Q", raw[:8])[0]
@@ -164,8 +168,8 @@ def _decode(data: bytes, expected: Mapping[str, tuple[int, int]] | None, limits:
     _require(set(parts) <= known, f"no parts but {', '.join(sorted(known))}", sorted(parts))
     if fields["kind"] == "update":
         return Update(parts["adapters"], _count(fields, "num_examples", 1, limits.max_examples), _metrics(fields["metrics"]),
-                      _count(fields, "base_version", 0, 1 << 62), _text(fields, "client"))
-    _require(fields["train"] in ("AB", "A", "B"), 'train out of "AB", "A", "B"', fields["train"])
+                      _count(fields, "base_version", 0, 1 << 62), _text(fields, "client"), base)
+    _require(fields["train"] in TRAIN, f"train out of {', '.join(TRAIN)}", fields["train"])
     since = None if fields["since"] is None else _count(fields, "since", 0, 1 << 62)
     return Broadcast(parts.get("merge"), parts.get("start"), _count(fields, "version", 0, 1 << 62), fields["train"],
                      _text(fields, "run"), since, base)
@@ -173,7 +177,7 @@ def _decode(data: bytes, expected: Mapping[str, tuple[int, int]] | None, limits:
 
 def _weights(fields: Mapping[str, object], tensors: dict[str, torch.Tensor],
              expected: Mapping[str, tuple[int, int]] | None) -> dict[str, torch.Tensor] | None:
-    """The dense weights of a broadcast, taken out of tensors."""
+    """The dense weights of a message, taken out of tensors."""
     if fields.get("base") is None:
         return None
     _require(isinstance(fields["base"], list) and len(fields["base"]) > 0 and "merge" not in fields["parts"],

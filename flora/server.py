@@ -20,19 +20,22 @@ class Server:
     """Holds the broadcast that is due, and makes the next one of a round's updates. It needs no model.
 
     broadcast: the first one (Strategy.begin, or a checkpoint's); clients: all of the run; fraction: share of them sampled a
-    round (at least one); weighting: "examples" or "uniform". The order of updates does not matter: they are sorted as the
+    round (at least one); weighting: "examples", "uniform" or "tokens". The order of updates does not matter: they are sorted as the
     clients are, so a sum has the same bits in whatever order replies come.
+    options: of the strategy's aggregate, such as start="warm"; what a run knows is filled in (weights, ranks, scale, seed, sent:
+    the start that the round trained from).
     stream: takes updates in as they come, in bounded memory, with strategy flora; sums then depend on the order of arrival in
     their last bits, and the stream's own weighting holds.
     """
 
     def __init__(self, strategy: str, clients: Sequence[LocalClient], broadcast: Broadcast, fraction: float = 1.0,
-                 weighting: str = "examples", seed: int = 0, stream: Stream | None = None):
+                 weighting: str = "examples", seed: int = 0, stream: Stream | None = None,
+                 options: Mapping[str, object] | None = None):
         self.strategy = strategy_named(strategy)
         if stream is not None and strategy != "flora":
             raise StrategyError(f"expected strategy flora with a stream, which sums ΔW; got {strategy}. Leave the stream out.")
         self.clients, self.fraction, self.weighting, self.seed = list(clients), fraction, weighting, seed
-        self.broadcast, self.stream = broadcast, stream
+        self.broadcast, self.stream, self.options = broadcast, stream, dict(options or {})
         self._received: dict[str, Update] = {}
         self._place = {client.name: i for i, client in enumerate(self.clients)}
         self._merges: dict[int, Adapters] = {} if broadcast.merge is None else {broadcast.version: broadcast.merge}
@@ -81,10 +84,16 @@ class Server:
         if not self._received:
             return self.broadcast
         ordered = sorted(self._received.values(), key=lambda update: self._place[update.client])
-        options = {} if self.strategy.home else {"weights": self.weighting}
-        following = aggregate(ordered, self.strategy.name, **options)
+        following = aggregate(ordered, self.strategy.name, **self._facts(), **self.options)
         self._received = {}
         return self._send(replace(following, run=self.broadcast.run))
+
+    def _facts(self) -> dict[str, object]:
+        """The options of the strategy that the run itself decides, but for those that were given."""
+        facts = {"weights": self.weighting, "ranks": [client.rank for client in self.clients], "seed": self.seed,
+                 "scale": sum(client.alpha / client.rank for client in self.clients) / len(self.clients),
+                 "sent": self.broadcast.start}
+        return {name: fact for name, fact in facts.items() if name in self.strategy.options and name not in self.options}
 
     def _close_stream(self, updates: Sequence[Update]) -> Broadcast:
         """The same for a stream, which cannot give an update back: an error discards the whole round."""

@@ -1,20 +1,25 @@
 """The aggregation rules by name, and `aggregate`, which applies one to updates. Each is a few lines of the adapter algebra."""
 import difflib
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
+from flora.adapter import all_layers
 from flora.errors import StrategyError
 from flora.messages import Broadcast, Update
-from flora.strategies.average import CENTRALIZED, FEDIT, STANDALONE, ZEROPAD
-from flora.strategies.base import Strategy
-from flora.strategies.exact import FLORA
+from flora.strategies.average import CENTRALIZED, FEDIT, FEDSA, HETLORA, STANDALONE, ZEROPAD
+from flora.strategies.base import Strategy, come_home, leave_home, one_rank
+from flora.strategies.exact import FEDEX, FLORA
+from flora.strategies.frozen import FEDSB, FEDSVD, FFA, ROLORA
+from flora.strategies.full import FULL
+from flora.strategies.spectral import FLEXLORA, FLORIST, RAFLORA
 
-__all__ = ["STRATEGIES", "Strategy", "aggregate", "check_update", "strategy_named"]
+__all__ = ["STRATEGIES", "Strategy", "aggregate", "check_update", "come_home", "leave_home", "strategy_named"]
 
-STRATEGIES: dict[str, Strategy] = {s.name: s for s in (FLORA, FEDIT, ZEROPAD, CENTRALIZED, STANDALONE)}
+STRATEGIES: dict[str, Strategy] = {s.name: s for s in (
+    FLORA, FEDIT, ZEROPAD, HETLORA, FLEXLORA, FLORIST, FFA, ROLORA, FEDEX, FEDSA, FEDSVD, FEDSB, RAFLORA, CENTRALIZED, STANDALONE,
+    FULL)}
 
 
 def strategy_named(name: str) -> Strategy:
@@ -26,8 +31,9 @@ def strategy_named(name: str) -> Strategy:
     return STRATEGIES[name]
 
 
-def _check(updates: Sequence[Update]) -> None:
-    """At least one update, all of one base version, examples positive, shapes agreeing by layer, numbers finite."""
+def _check(updates: Sequence[Update], rule: Strategy) -> None:
+    """At least one update, all of one base version, examples positive, shapes agreeing by layer, numbers finite, ranks as the rule
+    takes them."""
     if not updates:
         raise StrategyError("expected at least one update to aggregate; got none. Did every client of the round fail?")
     versions = {u.base_version for u in updates}
@@ -36,36 +42,53 @@ def _check(updates: Sequence[Update]) -> None:
                             "the clients that are behind.")
     shapes: dict[str, tuple[int, int]] = {}
     for number, update in enumerate(updates):
-        for layer, a in update.adapters.items():
-            shapes.setdefault(layer, a.shape)
-        check_update(update, update.client or f"number {number}", shapes)
+        who = update.client or f"number {number}"
+        for layer, held in {**update.adapters, **(update.base or {})}.items():
+            shapes.setdefault(layer, tuple(held.shape))
+        check_update(update, who, shapes)
+    _check_kind(updates, rule)
+    if not shapes:
+        raise StrategyError("expected adapters for at least one layer; got updates without any. Did the clients train any layer?")
+    for layer in [] if rule.mixed_ranks else all_layers([u.adapters for u in updates]):
+        one_rank([u.adapters[layer].rank for u in updates if layer in u.adapters])
+
+
+def _check_kind(updates: Sequence[Update], rule: Strategy) -> None:
+    """Raises StrategyError for weights where the rule takes adapters, or the other way round."""
+    for number, update in enumerate(updates):
+        if (update.base is not None) != rule.dense:
+            have, wants = ("weights", "adapters") if update.base is not None else ("adapters", "weights (Update.base)")
+            raise StrategyError(f"client {update.client or f'number {number}'}: expected {wants} for strategy {rule.name}; got "
+                                f"{have}. Train what the broadcast says (Broadcast.train).")
 
 
 def check_update(update: Update, who: str, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Raises StrategyError unless the update has examples, and finite adapters for layers of these (out, in)."""
+    """Raises StrategyError unless the update has examples, and finite adapters (or weights) for layers of these (out, in)."""
     if not update.num_examples > 0:
-        raise StrategyError(f"client {who}: expected num_examples of at least 1; got {update.num_examples}")
-    for layer, a in update.adapters.items():
+        raise StrategyError(f"client {who}: expected num_examples of at least 1; got {update.num_examples}. Leave the client out.")
+    parts = {layer: (a.A, a.B, a.scale) for layer, a in update.adapters.items()}
+    for layer, tensors in {**parts, **{layer: (w,) for layer, w in (update.base or {}).items()}}.items():
         if layer not in shapes:
             raise StrategyError(f"client {who}: expected adapters for layers of this run; got {layer}")
-        if tuple(shapes[layer]) != a.shape:
+        have = tuple(tensors[0].shape) if len(tensors) == 1 else update.adapters[layer].shape
+        if tuple(shapes[layer]) != have:
             raise StrategyError(f"client {who}, {layer}: expected an adapter for (out, in) = {tuple(shapes[layer])} as the others "
-                                f"sent; got {a.shape}")
-        if not all(bool(torch.isfinite(t).all()) for t in (a.A, a.B, a.scale)):
+                                f"sent; got {have}")
+        if not all(bool(torch.isfinite(t).all()) for t in tensors):
             raise StrategyError(f"client {who}, {layer}: expected finite numbers; got NaN or infinity. Leave the client out.")
 
 
 def aggregate(updates: Sequence[Update], strategy: str = "flora", **options: object) -> Broadcast:
     """What the server sends next: the strategy's rule applied to the updates of a round. A pure function; order is kept.
 
-    options: those of the strategy's function: weights="examples" | "uniform" (p_k = n_k / Σ n, or 1 / K) and
-    absent="zero" | "renormalise" (a layer that some clients lack). The result's version is the updates' base_version + 1.
+    options: those of the strategy's function (Strategy.options). Most have weights="examples" | "uniform" | "tokens" or a fixed
+    factor (p_k = n_k / Σ n, 1 / K, or this), absent="zero" | "renormalise" (a layer that some clients lack), server_lr, and sent:
+    the start that these updates were trained from. The result's version is the updates' base_version + 1.
     Raises StrategyError for updates that cannot be combined so, an unknown strategy or option.
     """
     rule = strategy_named(strategy)
-    known = list(inspect.signature(rule.aggregate).parameters)[1:]
     for option in options:
-        if option not in known:
-            raise StrategyError(f"{strategy} has no option {option!r}; it has: {', '.join(known) or 'none'}")
-    _check(updates)
+        if option not in rule.options:
+            raise StrategyError(f"{strategy} has no option {option!r}; it has: {', '.join(rule.options) or 'none'}")
+    _check(updates, rule)
     return replace(rule.aggregate(updates, **options), version=updates[0].base_version + 1)
