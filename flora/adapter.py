@@ -205,14 +205,24 @@ def compress(a: Adapter, rank: int | None = None, tol: float | None = None) -> A
     Raises AdapterError for a rank under 1 or a tol outside [0, 1). Reference: Eckart-Young; FLoRIST, arXiv 2506.09199.
     """
     _check_bounds(rank, tol)
-    Q_B, R_B = torch.linalg.qr(a.B.detach().double() * a.scale.double())
-    Q_A, R_A = torch.linalg.qr(a.A.detach().double().T)
-    U, sigma, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+    QR_B, QR_A = (torch.geqrf(side) for side in (a.B.detach().double() * a.scale.double(), a.A.detach().double().T))
+    U, sigma, Vh = torch.linalg.svd(_triangle(QR_B) @ _triangle(QR_A).T, full_matrices=False)
     keep = _kept(sigma, rank, tol)
     root = sigma[:keep].sqrt()
-    A = root[:, None] * (Vh[:keep] @ Q_A.T)
-    B = (Q_B @ U[:, :keep]) * root
-    return Adapter(A.to(a.A.dtype), B.to(a.B.dtype), a.scale.new_ones(keep))
+    A = _times_Q(QR_A, Vh[:keep].T * root).T.to(a.A.dtype)
+    B = _times_Q(QR_B, U[:, :keep] * root).to(a.B.dtype)
+    return Adapter(A.contiguous(), B.contiguous(), a.scale.new_ones(keep))
+
+
+def _triangle(QR: tuple[Tensor, Tensor]) -> Tensor:
+    """R of a QR as reflectors."""
+    return QR[0][:len(QR[1])].triu()
+
+
+def _times_Q(QR: tuple[Tensor, Tensor], right: Tensor) -> Tensor:
+    """Q · right without forming Q, of which only as many columns are needed as ranks are kept."""
+    reflectors, tau = QR
+    return torch.ormqr(reflectors, tau, torch.nn.functional.pad(right, (0, 0, 0, len(reflectors) - len(right))))
 
 
 def of_dense(delta: Tensor, rank: int | None = None, tol: float | None = None) -> tuple[Adapter, float]:

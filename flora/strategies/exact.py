@@ -30,13 +30,17 @@ def stacked(layers: Mapping[str, Terms]) -> dict[str, Adapter]:
     return {name: stack([a * p for a, p in terms]) for name, terms in layers.items()}
 
 
-def best_part(total: Adapter, rank: int | None, scale: float, tol: float = NOTHING) -> Adapter | None:
-    """The best approximation at this rank, at the scale that a start is sent with; None where there is nothing.
+def best_parts(totals: Adapters, rank: int | None, scales: Mapping[str, float], tol: float = NOTHING) -> dict[str, Adapter]:
+    """The best approximation of every layer at this rank, at the scale that a start is sent with; a layer of zeros is left out.
 
     A rank of zeros has no gradient on either side, so none is kept: clients draw fresh ones in their place.
     """
-    best = compress(total, rank, tol)
-    return rescale(best, scale) if bool(best.A.any()) else None
+    out = {}
+    for name, total in totals.items():
+        best = compress(total, rank, tol)
+        if bool(best.A.any()):
+            out[name] = rescale(best, scales[name])
+    return out
 
 
 def without(total: Adapters, start: Adapters) -> dict[str, Adapter]:
@@ -68,8 +72,7 @@ def aggregate_flora(updates: Sequence[Update], weights: str | float = "examples"
         return Broadcast(merge=total)
     ranks = ranks or [a.rank for u in updates for a in u.adapters.values()]
     if start == "warm":
-        parts = {name: best_part(a, min(ranks), start_scale(layers[name], scale)) for name, a in total.items()}
-        begun = {name: part for name, part in parts.items() if part is not None}
+        begun = best_parts(total, min(ranks), {name: start_scale(terms, scale) for name, terms in layers.items()})
         return Broadcast(merge=without(total, begun), start=begun or None)
     common = start_scale([term for terms in layers.values() for term in terms], scale)
     drawn = shared_start({name: a.shape for name, a in total.items()}, max(ranks), seed, common, updates[0].base_version + 1)

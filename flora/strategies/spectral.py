@@ -11,12 +11,12 @@ from flora.adapter import Adapter, Adapters
 from flora.errors import StrategyError
 from flora.messages import Broadcast, Update
 from flora.strategies.base import Strategy, Terms, begin_fresh, by_layer, start_scale
-from flora.strategies.exact import NOTHING, best_part, stacked
+from flora.strategies.exact import NOTHING, best_parts, stacked
 
 
 def _starts(layers: dict[str, Terms], rank: int | None, scale: float | None, tol: float = NOTHING) -> Broadcast:
-    parts = {name: best_part(a, rank, start_scale(layers[name], scale), tol) for name, a in stacked(layers).items()}
-    return Broadcast(start={name: part for name, part in parts.items() if part is not None} or None)
+    scales = {name: start_scale(terms, scale) for name, terms in layers.items()}
+    return Broadcast(start=best_parts(stacked(layers), rank, scales, tol) or None)
 
 
 def _largest(updates: Sequence[Update], ranks: Sequence[int] | None) -> int:
@@ -59,11 +59,10 @@ def aggregate_raflora(updates: Sequence[Update], weights: str = "examples", rank
     Each rank is averaged over the clients that have it, so that high ranks, which few clients hold, do not fade round by round
     (rank collapse). Not Σ p_k ΔW_k where ranks differ. raFLoRA, arXiv 2602.13486, section 5.
     """
-    layers = {name: rank_by_rank(terms) for name, terms in by_layer(updates, weights, "renormalise", sent=sent).items()}
-    scales = {name: [(u.adapters[name], 1.0) for u in updates if name in u.adapters] for name in layers}
-    parts = {name: best_part(a, _largest(updates, ranks), start_scale(scales[name] or layers[name], scale))
-             for name, a in stacked(layers).items()}
-    return Broadcast(start={name: part for name, part in parts.items() if part is not None} or None)
+    layers = by_layer(updates, weights, "renormalise", sent=sent)
+    scales = {name: start_scale(terms, scale) for name, terms in layers.items()}
+    total = stacked({name: rank_by_rank(terms) for name, terms in layers.items()})
+    return Broadcast(start=best_parts(total, _largest(updates, ranks), scales) or None)
 
 
 FLEXLORA = Strategy("flexlora", "SVD of the sum; each client takes its best ranks", "FlexLoRA, arXiv 2402.11505", begin_fresh,
