@@ -77,7 +77,7 @@ def one_rank(ranks: Sequence[int]) -> int:
     if len(set(ranks)) != 1:
         from flora.strategies import STRATEGIES
 
-        mixed = ", ".join(name for name, strategy in STRATEGIES.items() if strategy.mixed_ranks)
+        mixed = ", ".join(s.name for s in STRATEGIES.values() if s.mixed_ranks and not s.home and not s.dense)
         raise StrategyError(f"expected clients of one rank; got ranks {sorted(set(ranks), reverse=True)}. Give every client the "
                             f"same lora_r, or use a strategy that takes mixed ranks: {mixed}.")
     return ranks[0]
