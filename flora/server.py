@@ -34,6 +34,8 @@ class Server:
         self.strategy = strategy_named(strategy)
         if stream is not None and strategy != "flora":
             raise StrategyError(f"expected strategy flora with a stream, which sums ΔW; got {strategy}. Leave the stream out.")
+        if stream is not None and options:
+            raise StrategyError(f"expected no options with a stream, which has its own; got {sorted(options)}. Leave one out.")
         self.clients, self.fraction, self.weighting, self.seed = list(clients), fraction, weighting, seed
         self.broadcast, self.stream, self.options = broadcast, stream, dict(options or {})
         self._received: dict[str, Update] = {}

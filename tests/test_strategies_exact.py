@@ -123,6 +123,16 @@ def test_a_client_without_a_layer_has_left_it_as_it_was_sent(name):
             assert error(run.model()[layer], clients) < 1e-6, (number, layer)
 
 
+def test_fedex_starts_from_the_average_of_those_who_have_the_layer():
+    updates = updates_of([3, 3, 3], examples=[1, 1, 2])
+    del updates[2].adapters["blocks.0.q"]
+    for absent, p in (("zero", [0.25, 0.25]), ("renormalise", [0.5, 0.5])):
+        broadcast = aggregate(updates, "fedex", absent=absent)
+        merge, start = broadcast.merge["blocks.0.q"], broadcast.start["blocks.0.q"]
+        assert error(start.A, (updates[0].adapters["blocks.0.q"].A + updates[1].adapters["blocks.0.q"].A) / 2) < 1e-6
+        assert error(dense(merge) + dense(start), wanted(updates[:2], "blocks.0.q", p)) < 1e-6
+
+
 def test_rolora_trains_b_first_and_then_in_turn():
     run = Rounds("rolora", [3, 3])
     seen = []

@@ -5,8 +5,8 @@ from rounds import LAYERS, Rounds, error, shares, updates_of, wanted, within
 from tiny import adapter, dense, same
 
 import flora
-from flora.adapter import Adapter
-from flora.errors import StrategyError
+from flora.adapter import Adapter, combine
+from flora.errors import AdapterError, StrategyError
 from flora.strategies import STRATEGIES, aggregate, come_home, leave_home
 from flora.strategies.average import pruned_rank, tail
 
@@ -137,7 +137,8 @@ def test_fedsa_averages_a_and_sees_no_b():
         mine = come_home(start, updates[2].adapters, "B")[layer]
         assert torch.equal(mine.B, updates[2].adapters[layer].B) and torch.equal(mine.A, start[layer].A)
         assert error(dense(mine), wanted(updates, layer)) > 0.1
-    assert same(come_home(start, {}, "B"), start)
+    assert same(come_home(start, {}, "B"), start) and same(come_home(start, updates[2].adapters, ""), start)
+    assert same(come_home(start, updates[2].adapters, "AB"), updates[2].adapters)
     assert not any(a.A.any() or a.B.any() for a in leave_home(updates[0].adapters, "AB").values())
 
 
@@ -164,6 +165,17 @@ def test_inexact_rules_drift_from_the_sum_and_stay_finite_over_rounds(name):
         updates = run.round()
         assert error(run.model()["l"], wanted(updates, "l")) > 1e-3
         assert all(bool(torch.isfinite(w).all()) for w in run.model().values())
+
+
+def test_a_linear_step_on_factors_is_taken_at_the_mean_scale_by_size():
+    """2 a - b of scales 1 and 4: at scale (2 · 1 + 1 · 4) / 3, the change split evenly between A and B."""
+    a, b = adapter(3, (13, 7), 1, 3.0), adapter(3, (13, 7), 2, 12.0)
+    got = combine([a, b], [2.0, -1.0])
+    assert torch.allclose(got.scale, torch.full((3,), 2.0))
+    A, B = (2 * 0.5**0.5 * getattr(a, f).double() - 2**0.5 * getattr(b, f).double() for f in "AB")
+    assert error(got.A, A) < 1e-6 and error(got.B, B) < 1e-6
+    with pytest.raises(AdapterError, match="one weight an adapter"):
+        combine([a, b], [1.0])
 
 
 @pytest.mark.parametrize("name", ["fedit", "zeropad"])

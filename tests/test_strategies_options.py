@@ -8,6 +8,7 @@ import flora
 from flora.adapter import Adapter
 from flora.errors import StrategyError
 from flora.messages import decode, encode
+from flora.server import Server
 from flora.strategies import STRATEGIES, aggregate
 
 EVERYONE = sorted(set(STRATEGIES) - {"full"})
@@ -104,7 +105,7 @@ def test_another_shared_factor_is_refused(name):
     updates[2].adapters["blocks.0.v"] = Adapter(other, a.B, a.scale) if factor == "A" else Adapter(a.A, other, a.scale)
     with pytest.raises(StrategyError, match=f"blocks.0.v: expected one {factor}, the same.*number 2"):
         aggregate(updates, name)
-    updates[2].adapters["blocks.0.v"] = a.to(torch.bfloat16)
+    updates[2].adapters["blocks.0.v"] = a.to(torch.bfloat16)        # rounded on the way: no longer the same
     with pytest.raises(StrategyError, match="blocks.0.v: expected one"):
         aggregate(updates, name)
 
@@ -152,6 +153,8 @@ def test_a_server_fills_in_what_the_run_knows():
     assert all(a.rank == 5 for a in flex.server.broadcast.start.values())
     with pytest.raises(StrategyError, match="no option 'begin'"):
         Rounds("flora", [2], options={"begin": "warm"}).round()
+    with pytest.raises(StrategyError, match="no options with a stream"):
+        Server("flora", [], flora.Broadcast(), stream=object(), options={"start": "warm"})
     hetlora = Rounds("hetlora", [2, 2])
     hetlora.round()                                             # has no option weights: its weights are the norms
 

@@ -149,11 +149,10 @@ def one_scale(layer: str, terms: Terms, mixed_alpha: str) -> None:
 
 
 def one_factor(layer: str, terms: Terms, factor: Literal["A", "B"]) -> Tensor:
-    """The factor that all clients share, to the bit. Raises StrategyError where they differ."""
+    """The factor that all clients share, number by number. Raises StrategyError where they differ."""
     first = getattr(terms[0][0], factor)
     for number, (a, _) in enumerate(terms):
-        other = getattr(a, factor)
-        if other.shape != first.shape or other.dtype != first.dtype or not torch.equal(other, first):
+        if not torch.equal(getattr(a, factor), first):
             raise StrategyError(f"{layer}: expected one {factor}, the same for all clients, as it did not train in this round; "
                                 f"got another one from client number {number} than from number 0. Start the run with "
                                 "Strategy.begin and train what Broadcast.train says, or use flora.")
@@ -179,7 +178,7 @@ def come_home(start: Adapters, held: Adapters, home: str) -> dict[str, Adapter]:
     """Where a client goes on: what the server sent, with its own factors where it holds some of the same rank."""
     out = dict(start)
     for name, a in start.items():
-        own = held.get(name)
+        own = held.get(name) if home else None
         if own is not None and own.rank == a.rank:
             out[name] = Adapter(own.A if "A" in home else a.A, own.B if "B" in home else a.B, a.scale)
     return out
