@@ -71,6 +71,19 @@ def test_flora_is_exact_whatever_it_starts_from(start, alphas):
         assert not same(broadcast.start, aggregate(updates, "flora", start=start, seed=1).start)
 
 
+def test_layers_taken_by_several_threads_have_the_same_bits():
+    updates, threads = updates_of(PAPER), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append(aggregate(updates, "flora", start="warm"))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert same(results[0].start, results[1].start) and same(results[0].merge, results[1].merge)
+
+
 def test_warm_takes_the_smallest_rank_of_the_run_and_the_scale_of_the_run():
     updates = updates_of([8, 4])
     broadcast = aggregate(updates, "flora", start="warm", ranks=[8, 4, 2], scale=0.25)

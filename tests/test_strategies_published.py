@@ -119,6 +119,15 @@ def test_published_error_clients_of_full_fine_tuning_share_one_model():
     assert out.data_ptr() not in {w.data_ptr() for w in weights}
 
 
+@pytest.fixture
+def one_thread():
+    """Layers are then taken in this thread, which the watch sees."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Largest(TorchDispatchMode):
     """Watches the largest tensor that any operation gives."""
     numel = 0
@@ -133,7 +142,7 @@ WATCHED = {name: {} for name in AGGREGATING} | {"warm": {"start": "warm"}, "shar
 
 
 @pytest.mark.parametrize("name", WATCHED)
-def test_nothing_as_large_as_the_weight_is_formed(name):
+def test_nothing_as_large_as_the_weight_is_formed(name, one_thread):
     """On (601, 503), 302,303 numbers; the factors of four clients, stacked twice over, are 35,328."""
     shape, strategy = (601, 503), "flora" if name in ("warm", "shared") else name
     updates = updates_of([4] * 4, shapes={"l": shape}, shared=SHARED.get(strategy, ""))
