@@ -17,6 +17,7 @@ from flora.strategies.base import (
     begin_one_rank,
     begin_padded,
     by_layer,
+    each,
     needs_sent,
     one_scale,
 )
@@ -63,11 +64,13 @@ def aggregate_hetlora(updates: Sequence[Update], mixed_alpha: str = "fold", sent
     A layer counts for those who have it; sent keeps the layers that nobody has. How a client's rank shrinks: `pruned_rank`.
     HetLoRA, arXiv 2401.06432, section 3.
     """
-    layers = {}
-    for name, terms in by_layer(updates, "uniform", "renormalise", sent=sent).items():
-        sizes = [norm(a) for a, _ in terms]
-        layers[name] = list(zip([a for a, _ in terms], normalised(sizes if any(sizes) else [1.0] * len(sizes)), strict=True))
-    return Broadcast(start=averages(layers, mixed_alpha))
+    layers = by_layer(updates, "uniform", "renormalise", sent=sent)
+    norms = each(lambda name: [norm(a) for a, _ in layers[name]], layers)
+    weighed = {}
+    for (name, terms), sizes in zip(layers.items(), norms, strict=True):
+        p = normalised(sizes if any(sizes) else [1.0] * len(sizes))
+        weighed[name] = [(a, pk) for (a, _), pk in zip(terms, p, strict=True)]
+    return Broadcast(start=averages(weighed, mixed_alpha))
 
 
 def tail(adapters: Adapters, rank: int) -> torch.Tensor:

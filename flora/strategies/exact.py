@@ -4,11 +4,8 @@ An update holds a client's whole adapters, relative to the base without the star
 whatever start is sent, merging the rest, Σ p_k ΔW_k - start, keeps it so in every round: the rest is a stack too, with the
 start's scale negated.
 """
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-
-import torch
 
 from flora.adapter import Adapter, Adapters, compress, rescale, stack
 from flora.messages import Broadcast, Update
@@ -19,6 +16,7 @@ from flora.strategies.base import (
     begin_fresh,
     begin_one_rank,
     by_layer,
+    each,
     needs_sent,
     one_of,
     shared_start,
@@ -42,25 +40,8 @@ def best_parts(totals: Adapters, rank: int | None, scales: Mapping[str, float], 
         best = compress(totals[name], rank, tol)
         return rescale(best, scales[name]) if bool(best.A.any()) else None
 
-    parts = each(part, list(totals), all(a.A.device.type == "cpu" for a in totals.values()))
+    parts = each(part, totals)
     return {name: a for name, a in zip(totals, parts, strict=True) if a is not None}
-
-
-def each(part: Callable[[str], Adapter | None], names: Sequence[str], on_cpu: bool) -> list[Adapter | None]:
-    """part of every name: on a CPU a layer a core, each by one thread, since a QR or SVD this small gains nothing from more.
-
-    Two threads in each took 21 s for the layers of a model of 135M on two cores that another process shared, one thread in all
-    2.4 s, this 1.9 s. torch's number of threads is one for the process while it runs.
-    """
-    threads = torch.get_num_threads()
-    if threads == 1 or not on_cpu:
-        return [part(name) for name in names]
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(part, names))
-    finally:
-        torch.set_num_threads(threads)
 
 
 def without(total: Adapters, start: Adapters) -> dict[str, Adapter]:
