@@ -171,7 +171,7 @@ def start_scale(terms: Terms, scale: float | None) -> float:
 
 
 def each(function: Callable[[str], Result], layers: Mapping[str, object]) -> list[Result]:
-    """function(name) of every layer; on a machine without a GPU a layer a core, each by one thread: QRs this small gain from no more.
+    """function(name) of every layer; without a GPU a layer a core, each by one thread: QRs this small gain nothing from more.
 
     Two threads in each took 21 s for the layers of a model of 135M on two cores that another process shared, one thread in all
     2.4 s, this 1.9 s. torch's number of threads is one for the process while it runs.
