@@ -15,7 +15,7 @@ from torch import Tensor
 from flora.adapter import Adapter, Adapters, common_scale, fresh_adapters, pad
 from flora.messages import Broadcast, Update
 from flora.seeds import derive
-from flora.strategies.base import Strategy, Terms, begin_frozen_A, by_layer, needs_sent, one_factor, one_rank, one_scale
+from flora.strategies.base import Strategy, Terms, begin_frozen_A, by_layer, each, needs_sent, one_factor, one_rank, one_scale
 
 
 def _averaged(layer: str, terms: Terms, trained: Literal["A", "B"], mixed_alpha: str) -> Adapter:
@@ -89,7 +89,8 @@ def aggregate_fedsvd(updates: Sequence[Update], weights: str | float = "examples
     FedSVD, arXiv 2505.12805, section 3.
     """
     averaged = aggregate_ffa(updates, weights, absent, server_lr, mixed_alpha, sent)
-    return replace(averaged, start={name: refactored(a) for name, a in averaged.start.items()})
+    parts = each(lambda name: refactored(averaged.start[name]), averaged.start)
+    return replace(averaged, start=dict(zip(averaged.start, parts, strict=True)))
 
 
 def frame(shape: tuple[int, int], rank: int, seed: int, layer: str) -> tuple[Tensor, Tensor]:
