@@ -3,19 +3,17 @@
     python -m benchmarks.bench_cohort [--full] [--clients 10] [--sequences 1] [--rank 16 | mixed] [--allocator as-run]
 
 Rows have labels on their last third; LoRA is on all linears, the step is AdamW with clipping at 1.0. A call is a round of some
-steps of every client, adapters made and read included; "steady" is the rate without each client's first step. Every variant lives in
-a process of its own and they take turns; peak MB is that process's, extra MB what it grew by after the base was loaded. The limit:
-the bare matrix products of the same tokens. Before a case is measured all must come to the same losses from the same adapters.
+steps of every client, adapters made and read included; "steady" is the rate without each client's first step. Every variant lives
+in a process of its own and they take turns; peak MB is that process's, extra MB what it grew by after the base was loaded. The
+limit: the bare matrix products of the same tokens. Before a case is measured all must come to the same losses from the same adapters.
 --allocator: raised or default for all; as-run: flora's as `flora run` sets it, the peers' as they find it.
 """
 import argparse
 import statistics
 from dataclasses import replace
 
-import torch
-
 from benchmarks import clients as ways
-from benchmarks.clients import Case
+from benchmarks.clients import RATE, Case, device
 from benchmarks.gate import require_green
 from benchmarks.measure import interleaved, publish, rows_of
 from benchmarks.shapes import RANKS
@@ -26,7 +24,6 @@ PEERS = {"PEFT loop": ways.peft_loop, "PEFT loop, bf16 base": ways.peft_loop_bf1
 OURS = {"flora, one by one": ways.flora_one_by_one, "flora, one batch": ways.flora_together}
 SMALL = {"flora, one batch, PEFT's passes": ways.flora_small_passes}
 VARIANTS = {**PEERS, **OURS, **SMALL, LIMIT: ways.products}
-RATE = 250                                                              # tokens/s, to say how long it will take
 
 
 def variants_of(options: argparse.Namespace, case: Case) -> list[str]:
@@ -50,9 +47,11 @@ def measure(case: Case, names: list[str], steps: int, repeats: int, allocator: s
 
     with workers({name: VARIANTS[name] for name in names}, case, raised) as found:
         agree({name: worker(min(2, case.clients), 2, True).mean_losses() for name, worker in found.items()}, case)
+        for worker in found.values():
+            worker.reset_peak()
         seconds = interleaved({name: _call(worker, case, steps) for name, worker in found.items()}, repeats, 0)
         limit = statistics.median(seconds[LIMIT]) if LIMIT in seconds else None
-        rows = rows_of(f"{case}, {steps} steps, allocator {allocator}", seconds, next(iter(seconds)), limit)
+        rows = rows_of(f"{case}, {steps} step{'s' * (steps > 1)}, allocator {allocator}", seconds, next(iter(seconds)), limit)
         for row in rows:
             worker = found[row["variant"]]
             rates = [ticks.step_seconds() for ticks in worker.answers[-repeats:]]
@@ -92,7 +91,7 @@ def main() -> None:
              for count in options.clients or ([1, 2, 5, 10, 20] if options.full else [10])]
     tokens = sum(case.tokens * steps * repeats * len(variants_of(options, case))
                  for case in cases for steps, repeats in [plan(options, case)])
-    if not torch.cuda.is_available():
+    if device() == "cpu":
         print(f"{len(cases)} cases, {tokens} tokens: about {tokens / RATE / 60:.0f} minutes at {RATE} tokens/s", flush=True)
     name = {"raised": "cohort", "default": "cohort_default_allocator", "as-run": "cohort_as_run"}[options.allocator]
     for case in cases:

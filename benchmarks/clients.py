@@ -20,6 +20,7 @@ from flora.nn import target_shapes
 from flora.seeds import derive
 
 LEARNING_RATE = 1e-4
+RATE = 250                                                              # tokens/s of a CPU, to say how long it will take
 ROWS = {"cpu": 2048, "cuda": 16384}                                     # tokens of a bare product
 
 
@@ -39,7 +40,7 @@ class Case:
     tokens_per_pass: int | None = None
 
     def __str__(self) -> str:
-        of = f"rank {self.ranks[0]}" if len(self.ranks) == 1 else f"ranks {', '.join(map(str, self.ranks))}"
+        of = f"rank {self.ranks[0]}" if len(self.ranks) == 1 else f"ranks {max(self.ranks)} to {min(self.ranks)}"
         passes = f", passes of {self.tokens_per_pass}" if self.tokens_per_pass else ""
         return f"{self.clients} clients of {self.sequences} x {self.length} tokens, {of}, {self.dtype}{passes}"
 

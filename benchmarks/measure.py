@@ -117,8 +117,9 @@ def _show(console: Console, case: str, rows: list[dict]) -> None:
     """The table of a case, with the columns that its rows have."""
     table = Table(title=case, title_justify="left", box=None)
     extra = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
-    for column in ("variant", "ms", "quartiles", "x peer", "x limit", *(COLUMNS[key][0] for key in extra)):
-        table.add_column(column, justify="left" if column == "variant" else "right", min_width=36 if column == "variant" else 8)
+    table.add_column("variant", min_width=36 if len(extra) < 3 else 8)
+    for column in ("ms", "quartiles", "x peer", "x limit", *(COLUMNS[key][0] for key in extra)):
+        table.add_column(column, justify="right", min_width=8 if len(extra) < 3 else 6, no_wrap=True)
     for row in rows:
         limit, star = row["times_limit"], "*" * (row["variant"] == row["against"])
         digits = 3 if row["ms"] < 1000 else 0

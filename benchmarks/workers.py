@@ -56,6 +56,11 @@ class Worker:
         self.answers.append(self.answer())
         return self.answers[-1]
 
+    def reset_peak(self) -> None:
+        """What was held at most so far does not count."""
+        self._pipe.send("reset")
+        self.answer()
+
     def close(self) -> tuple[float, float] | None:
         """Ends the process: (peak, peak less what it held when it was ready) in MB; None where the system does not say."""
         try:
@@ -78,7 +83,7 @@ def _serve(pipe: Any, build: Build, case: Case, raised: bool) -> None:
         held = memory(device()) if reset_peak(device()) else memory(device(), peak=True)
         pipe.send(("", None))
         while (arguments := pipe.recv()) is not None:
-            value = call(*arguments)
+            value = reset_peak(device()) if arguments == "reset" else call(*arguments)
             if device() == "cuda":
                 torch.cuda.synchronize()
             pipe.send(("", value))
@@ -112,9 +117,11 @@ def agree(losses: Mapping[str, Mapping[str, float]], case: Case) -> None:
     """Leaves unless all variants that trained from the same start came to the same losses: else they do not do the same work."""
     told = {name: found for name, found in losses.items() if found}
     first = next(iter(told), "")
+    apart = {}
     for name, found in told.items():
-        apart = max(abs(loss - told[first][client]) / abs(told[first][client]) for client, loss in found.items())
-        if not apart <= (1e-4 if case.dtype == "float32" and "bf16" not in name + first else 3e-2):
+        apart[name] = max(abs(loss - told[first][client]) / abs(told[first][client]) for client, loss in found.items())
+        if not apart[name] <= (1e-4 if case.dtype == "float32" and "bf16" not in name + first else 3e-2):
             sys.exit(f"{case}: from the same start, {first} came to mean losses of {told[first]} and {name} to {found}; nothing is "
                      "measured")
-        print(f"{case}: losses of {name}: {apart:.1e} from those of {first}", flush=True)
+    others = ", ".join(f"{name} {x:.0e}" for name, x in apart.items() if name != first)
+    print(f"{case}: losses from the same start, relative to those of {first}: {others}", flush=True)
