@@ -5,7 +5,7 @@
 Rows have labels on their last third; LoRA is on all linears, the step is AdamW with clipping at 1.0. A call is a round of some
 steps of every client, adapters made and read included; "steady" is the rate without each client's first step. Every variant lives
 in a process of its own and they take turns; peak MB is that process's, extra MB what it grew by after the base was loaded. The
-limit: the bare matrix products of the same tokens. Before a case is measured all must come to the same losses from the same adapters.
+limit: the bare matrix products of the same tokens. Before a case is measured all must come to one loss from the same adapters.
 --allocator: raised or default for all; as-run: flora's as `flora run` sets it, the peers' as they find it.
 """
 import argparse
@@ -21,14 +21,15 @@ from benchmarks.workers import Worker, WorkerError, agree, workers
 
 LIMIT = "bare products"
 PEERS = {"PEFT loop": ways.peft_loop, "PEFT loop, bf16 base": ways.peft_loop_bf16, "PEFT, HF Trainer": ways.hf_trainer}
-OURS = {"flora, one by one": ways.flora_one_by_one, "flora, one batch": ways.flora_together}
-SMALL = {"flora, one batch, PEFT's passes": ways.flora_small_passes}
-VARIANTS = {**PEERS, **OURS, **SMALL, LIMIT: ways.products}
+OURS = {"flora, one by one": ways.flora_one_by_one, "flora, one batch": ways.flora_together,
+        "flora, one batch, PEFT's passes": ways.flora_small_passes}
+VARIANTS = {**PEERS, **OURS, LIMIT: ways.products}
+EXTRA = ("PEFT loop, bf16 base", "flora, one batch, PEFT's passes")
 
 
 def variants_of(options: argparse.Namespace, case: Case) -> list[str]:
-    """What to measure of a case; the quick run leaves out what one process does twice."""
-    names = options.variants or [name for name in VARIANTS if options.full or name not in SMALL]
+    """What to measure of a case. The quick run leaves out the bf16 base and the small passes."""
+    names = options.variants or [name for name in VARIANTS if options.full or name not in EXTRA]
     if case.dtype != "float32":
         names = [name for name in names if VARIANTS[name] is not ways.peft_loop_bf16]
     return names
@@ -55,8 +56,8 @@ def measure(case: Case, names: list[str], steps: int, repeats: int, allocator: s
         for row in rows:
             worker = found[row["variant"]]
             rates = [ticks.step_seconds() for ticks in worker.answers[-repeats:]]
-            row |= {"clients": case.clients, "sequences": case.sequences, "length": case.length, "ranks": case.ranks,
-                    "dtype": case.dtype, "steps": steps, "allocator": "raised" if raised(row["variant"]) else "default",
+            row |= case.facts()
+            row |= {"steps": steps, "allocator": "raised" if raised(row["variant"]) else "default",
                     "tokens_per_second": case.tokens * steps / row["ms"] * 1e3,
                     "steady_tokens_per_second": None if None in rates else case.tokens / statistics.median(rates)}
             row |= zip(("peak_mb", "extra_mb"), worker.close() or (None, None), strict=True)
@@ -78,7 +79,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens of a row")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--steps", type=int, default=2, help="of each client, in a call")
+    parser.add_argument("--steps", type=int, default=3, help="of each client, in a call")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cap", type=int, default=8192, help="tokens of a call: above, fewer steps, then fewer repeats")
     parser.add_argument("--tokens-per-pass", type=int, help="of flora's variants (default: its own choice)")

@@ -1,11 +1,11 @@
 """A whole federated round of FLoRA: the clients' adapters are stacked and merged into the base, then all clients train on it.
 
-    python -m benchmarks.bench_round [--clients 10] [--sequences 1] [--steps 2] [--rank 16 | mixed] [--allocator as-run]
+    python -m benchmarks.bench_round [--clients 10] [--sequences 1] [--steps 3] [--rank 16 | mixed] [--allocator as-run]
 
 flora: flora.aggregate, the merge of a new base version, Cohort.fit. PEFT: state dicts stacked by torch.cat, W += B @ A for every
-weight, then the plain loop of bench_cohort: as the code of the FLoRA paper (arXiv 2409.05976) does it, without its files on disk and
-its copies of the base. Rounds follow each other: what one trains the next merges. The first, not measured, merges the same adapters
-in both and trains from the same ones; the losses must agree.
+weight, then the plain loop of bench_cohort: as the code of the FLoRA paper (arXiv 2409.05976) does it, without its files on disk
+and its copies of the base. Rounds follow each other: what one trains the next merges. The first, not measured, merges the same
+adapters in both and trains from the same ones; the losses must agree.
 """
 import argparse
 import statistics
@@ -120,8 +120,8 @@ def measure(case: Case, steps: int, repeats: int, allocator: str) -> list[dict]:
         for row in rows:
             worker = found[row["variant"]]
             phases = {p: statistics.median(timed.seconds[p] for timed in worker.answers[-repeats:]) for p in PHASES}
-            row |= {"clients": case.clients, "sequences": case.sequences, "length": case.length, "ranks": case.ranks,
-                    "dtype": case.dtype, "steps": steps, "allocator": "raised" if raised(row["variant"]) else "default",
+            row |= case.facts()
+            row |= {"steps": steps, "allocator": "raised" if raised(row["variant"]) else "default",
                     "tokens_per_second": case.tokens * steps / row["ms"] * 1e3}
             row |= {f"{phase}_ms": value * 1e3 for phase, value in phases.items()}
             row |= zip(("peak_mb", "extra_mb"), worker.close() or (None, None), strict=True)
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens of a row")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--steps", type=int, default=2, help="of each client, in a round")
+    parser.add_argument("--steps", type=int, default=3, help="of each client, in a round")
     parser.add_argument("--repeats", type=int, default=3, help="rounds that are measured")
     parser.add_argument("--tokens-per-pass", type=int, help="of flora's (default: its own choice)")
     options = parser.parse_args()

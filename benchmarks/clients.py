@@ -2,7 +2,7 @@
 
 A way is made once from a case (the base is loaded there) and then called as `call(number of clients, steps, fixed)`: it trains
 these clients and returns their Ticks. What a user pays every round is inside the call: adapters are made, trained and taken off.
-fixed: clients start from given adapters (B not zero) instead of fresh ones, so that the losses of two ways can be compared.
+fixed: the first row of each client, and given adapters (B not zero) to start from, so that the losses of two ways can be compared.
 """
 import tempfile
 import time
@@ -68,6 +68,11 @@ class Case:
     def config(self, steps: int) -> flora.TrainConfig:
         return flora.TrainConfig(LEARNING_RATE, max_steps=steps, per_device_train_batch_size=self.sequences, max_grad_norm=1.0)
 
+    def facts(self) -> dict[str, object]:
+        """What a row of results says of it."""
+        return {"model": self.model, "clients": self.clients, "sequences": self.sequences, "length": self.length,
+                "ranks": self.ranks, "dtype": self.dtype}
+
     def base(self, dtype: str | None = None) -> nn.Module:
         """The model, read once: its file is mapped, and would else come into memory during the first call."""
         model = load_model(self.model, dtype or self.dtype).to(device())
@@ -101,14 +106,14 @@ Call = Callable[[int, int, bool], Ticks]
 
 
 def started(case: Case, shapes: dict[str, tuple[int, int]]) -> list[flora.LocalClient]:
-    """The clients with adapters of their own to start from: A as in a fresh one, B small and not zero."""
+    """The clients with one row each, and adapters of their own to start from: A as in a fresh one, B small and not zero."""
     out = []
     for client in case.parties:
         start = fresh_adapters(shapes, client.rank, client.alpha, 0, client.name)
         for name, adapter in start.items():
             draw = torch.Generator().manual_seed(derive(client.name, name, "B"))
             adapter.B.copy_(torch.randn(adapter.B.shape, generator=draw) * 1e-2)
-        out.append(replace(client, start=start))
+        out.append(replace(client, rows=client.rows[:1], start=start))
     return out
 
 

@@ -77,11 +77,11 @@ def main() -> None:
     path = options.results or RESULTS / device_name() / ("cohort_as_run.json" if options.as_run else "cohort.json")
     if not path.exists():
         parser.error(f"{path} does not exist; python -m benchmarks.bench_cohort --full writes it")
-    found = json.loads(path.read_text())
-    allocators = {row["allocator"] for row in found["rows"]}
+    rows = json.loads(path.read_text())["rows"]
+    allocators = {row["allocator"] for row in rows}
     how = f"{allocators.pop()} for all" if len(allocators) == 1 else "as a user runs each"
-    rows = found["rows"]
-    draw(series(rows), f"SmolLM2-135M, fp32, rank 16, rows of {rows[0]['length']} tokens; {path.parent.name}; C allocator: {how}", options.out)
+    about = f"{rows[0]['model']}, fp32, rank 16, rows of {rows[0]['length']} tokens; {path.parent.name}; C allocator: {how}"
+    draw(series(rows), about, options.out)
 
 
 if __name__ == "__main__":
