@@ -15,9 +15,9 @@ from dataclasses import replace
 from benchmarks import clients as ways
 from benchmarks.clients import RATE, Case, device
 from benchmarks.gate import require_green
-from benchmarks.measure import interleaved, publish, rows_of
+from benchmarks.measure import publish, rows_of
 from benchmarks.shapes import RANKS
-from benchmarks.workers import Worker, WorkerError, agree, workers
+from benchmarks.workers import WorkerError, agree, take_turns, workers
 
 LIMIT = "bare products"
 PEERS = {"PEFT loop": ways.peft_loop, "PEFT loop, bf16 base": ways.peft_loop_bf16, "PEFT, HF Trainer": ways.hf_trainer}
@@ -50,7 +50,7 @@ def measure(case: Case, names: list[str], steps: int, repeats: int, allocator: s
         agree({name: worker(min(2, case.clients), 2, True).mean_losses() for name, worker in found.items()}, case)
         for worker in found.values():
             worker.reset_peak()
-        seconds = interleaved({name: _call(worker, case, steps) for name, worker in found.items()}, repeats, 0)
+        seconds = take_turns(found, repeats, case.clients, steps, False)
         limit = statistics.median(seconds[LIMIT]) if LIMIT in seconds else None
         rows = rows_of(f"{case}, {steps} step{'s' * (steps > 1)}, allocator {allocator}", seconds, next(iter(seconds)), limit)
         for row in rows:
@@ -62,10 +62,6 @@ def measure(case: Case, names: list[str], steps: int, repeats: int, allocator: s
                     "steady_tokens_per_second": None if None in rates else case.tokens / statistics.median(rates)}
             row |= zip(("peak_mb", "extra_mb"), worker.close() or (None, None), strict=True)
     return rows
-
-
-def _call(worker: Worker, case: Case, steps: int):
-    return lambda: worker(case.clients, steps, False)
 
 
 def main() -> None:

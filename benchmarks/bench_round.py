@@ -19,9 +19,9 @@ from torch import Tensor, nn
 import flora
 from benchmarks.clients import RATE, Case, Parties, Ticks, device, peft_trained
 from benchmarks.gate import require_green
-from benchmarks.measure import interleaved, publish, rows_of
+from benchmarks.measure import publish, rows_of
 from benchmarks.shapes import RANKS
-from benchmarks.workers import WorkerError, agree, workers
+from benchmarks.workers import WorkerError, agree, take_turns, workers
 from flora.versions import bring_to
 
 PHASES = ("aggregate", "merge", "train")
@@ -114,7 +114,7 @@ def measure(case: Case, steps: int, repeats: int, allocator: str) -> list[dict]:
         agree({name: worker(1, True).losses for name, worker in found.items()}, case)
         for worker in found.values():
             worker.reset_peak()
-        seconds = interleaved({name: lambda worker=worker: worker(steps, False) for name, worker in found.items()}, repeats, 0)
+        seconds = take_turns(found, repeats, steps, False)
         title = f"a round of {case}, {steps} step{'s' * (steps > 1)}, allocator {allocator}"
         rows = rows_of(title, seconds, next(iter(seconds)))
         for row in rows:
