@@ -71,7 +71,7 @@ class Case:
     def facts(self) -> dict[str, object]:
         """What a row of results says of it."""
         return {"model": self.model, "clients": self.clients, "sequences": self.sequences, "length": self.length,
-                "ranks": self.ranks, "dtype": self.dtype}
+                "ranks": self.ranks, "dtype": self.dtype, "tokens_per_pass": self.tokens_per_pass}
 
     def base(self, dtype: str | None = None) -> nn.Module:
         """The model, read once: its file is mapped, and would else come into memory during the first call."""

@@ -17,10 +17,11 @@ WORDS = {"bare products": "bare matrix products", "PEFT, HF Trainer": "HF Traine
 
 
 def series(rows: list[dict]) -> dict[int, dict[str, dict[int, float]]]:
-    """{sequences: {variant: {clients: tokens/s}}} of the rows with rank 16 in fp32; of two that agree the later counts."""
+    """{sequences: {variant: {clients: tokens/s}}} of the rows measured with the default options; of two the later counts."""
+    usual = {"model": "smollm2-135m", "ranks": [16], "dtype": "float32", "length": 128, "tokens_per_pass": None}
     out: dict[int, dict[str, dict[int, float]]] = {}
     for row in rows:
-        if row["variant"] in STYLES and row["ranks"] == [16] and row["dtype"] == "float32":
+        if row["variant"] in STYLES and usual.items() <= row.items():
             out.setdefault(row["sequences"], {}).setdefault(row["variant"], {})[row["clients"]] = row["tokens_per_second"]
     return {sequences: out[sequences] for sequences in sorted(out)}
 
@@ -78,10 +79,12 @@ def main() -> None:
     if not path.exists():
         parser.error(f"{path} does not exist; python -m benchmarks.bench_cohort --full writes it")
     rows = json.loads(path.read_text())["rows"]
+    if not (data := series(rows)):
+        parser.error(f"{path} has no rows of the default options; python -m benchmarks.bench_cohort --full writes them")
     allocators = {row["allocator"] for row in rows}
     how = f"{allocators.pop()} for all" if len(allocators) == 1 else "as a user runs each"
     about = f"{rows[0]['model']}, fp32, rank 16, rows of {rows[0]['length']} tokens; {path.parent.name}; C allocator: {how}"
-    draw(series(rows), about, options.out)
+    draw(data, about, options.out)
 
 
 if __name__ == "__main__":
