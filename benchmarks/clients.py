@@ -83,8 +83,8 @@ class Case:
 
 @dataclass
 class Ticks:
-    """When each client's steps ended, and their losses. shared: all clients step at once, so that one of them tells the time."""
-    shared: bool = False
+    """When each client's steps ended, and their losses. steady: seconds of a step of all clients, where it is known otherwise."""
+    steady: float | None = None
     ended: dict[str, list[float]] = field(default_factory=dict)
     losses: dict[str, list[float]] = field(default_factory=dict)
 
@@ -94,9 +94,10 @@ class Ticks:
             self.losses.setdefault(client, []).append(loss)
 
     def step_seconds(self) -> float | None:
-        """Seconds of a step of every client, without each client's first, which pays for set-up; None of single steps."""
+        """Seconds of a step of every client, without set-up: without each client's first, if nothing else is known; None of single
+        steps."""
         spans = [(times[-1] - times[0]) / (len(times) - 1) for times in self.ended.values() if len(times) > 1]
-        return None if not spans else spans[-1] if self.shared else sum(spans)
+        return self.steady or (sum(spans) if spans else None)
 
     def mean_losses(self) -> dict[str, float]:
         return {client: sum(losses) / len(losses) for client, losses in self.losses.items()}
@@ -133,9 +134,10 @@ def flora_together(case: Case, tokens_per_pass: int | None = None) -> Call:
     parties, budget = Parties(case, base), tokens_per_pass or case.tokens_per_pass or "auto"
 
     def call(count: int, steps: int, fixed: bool) -> Ticks:
-        ticks = Ticks(shared=True)
+        ticks = Ticks()
         cohort = flora.Cohort(base, parties(count, fixed), case.config(steps), max_tokens_per_batch=budget)
         cohort.fit(flora.Broadcast(), on_step=ticks)
+        ticks.steady = sum(cohort.seconds[phase] for phase in ("data", "forward", "backward", "optimizer")) / steps
         return ticks
     return call
 
@@ -261,7 +263,7 @@ def products(case: Case) -> Call:
         return made[what, rows, width]
 
     def call(count: int, steps: int, fixed: bool) -> Ticks:
-        ticks, sequences = Ticks(shared=True), count * case.sequences
+        ticks, sequences = Ticks(), count * case.sequences
         for step in range(steps):
             for part in (min(size, sequences - first) for first in range(0, sequences, size)):
                 for weight, rows in ((w, part * rows) for weights, rows in kinds for w in weights):
