@@ -2,6 +2,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -34,23 +35,32 @@ class Pass:
 def passes(places: Sequence[Place], budget: int, packed: bool) -> Iterator[list[Place]]:
     """Cuts a step into passes of at most so many tokens, of at least one row; clients of one depth together.
 
-    packed: tokens are counted as they are, and a client's rows stay together. Padded: as long as the longest each; sequences of
-    like length together, so that at most a quarter of a pass is padding, but for small ones. In a pass rows lie client by client.
+    packed: tokens are counted as they are, passes are of like size, and a client's rows stay together. Padded: each as long as the
+    longest, sequences of like length together, so that at most a quarter of a pass is padding, but for small ones. In a pass rows
+    lie client by client.
     """
-    part: list[Place] = []
-    for place in sorted(places, key=lambda p: (p.depth, p.client if packed else -max(p.lengths), p.sequence)):
-        if part and (part[0].depth != place.depth or _full(part, place, budget, packed)):
-            yield sorted(part, key=lambda p: (p.client, p.sequence))
-            part = []
-        part.append(place)
-    if part:
-        yield sorted(part, key=lambda p: (p.client, p.sequence))
+    def whole(part: list[Place]) -> list[Place]:
+        return sorted(part, key=lambda p: (p.client, p.sequence))
+
+    ordered = sorted(places, key=lambda p: (p.depth, p.client if packed else -max(p.lengths), p.sequence))
+    for _, alike in groupby(ordered, key=lambda p: p.depth):
+        alike = list(alike)
+        total = sum(p.tokens for p in alike)
+        share = total / -(-total // budget)
+        part: list[Place] = []
+        for place in alike:
+            if part and _full(part, place, budget, share if packed else None):
+                yield whole(part)
+                part = []
+            part.append(place)
+        yield whole(part)
 
 
-def _full(part: Sequence[Place], place: Place, budget: int, packed: bool) -> bool:
-    """Whether one more row does not go into a pass."""
-    if packed:
-        return sum(p.tokens for p in part) + place.tokens > budget
+def _full(part: Sequence[Place], place: Place, budget: int, share: float | None) -> bool:
+    """Whether one more row does not go into a pass. share: tokens that a packed pass should have; None: padded."""
+    if share is not None:
+        held = sum(p.tokens for p in part)
+        return held + place.tokens > budget or held + place.tokens / 2 > share
     longest, count = max(part[0].lengths), sum(len(p.lengths) for p in part)
     ragged = max(place.lengths) < 0.75 * longest and longest * count >= 256
     return longest * (count + len(place.lengths)) > budget or ragged

@@ -128,7 +128,10 @@ def test_passes_hold_every_row_once_within_the_budget_and_little_padding():
                 padded = used if packed else len(part) * max(p.tokens for p in part)
                 assert len(part) == 1 or padded <= budget
                 assert used >= 0.7 * padded or padded <= 512
-            if packed:
+            if packed and budget > 200:
+                for depth in (0, 1):
+                    sizes = [sum(p.tokens for p in part) for part in cut if part[0].depth == depth]
+                    assert max(sizes) - min(sizes[:-1]) <= 200 and len(sizes) <= 1.5 * sum(sizes) / budget + 2       # of like size
                 assert sum(len({p.client for p in part}) for part in cut) <= 7 + len(cut)     # a client in as few as can be
 
 
