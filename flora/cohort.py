@@ -45,9 +45,9 @@ class Cohort:
 
     model: a causal LM (input_ids, attention_mask -> .logits), or what train_config.loss takes; targets: which modules carry
     adapters, as in flora.attach; max_tokens_per_batch: tokens that one pass may hold, of at least one row ("auto": measured once,
-    by the memory of the device; at most 512 on a CPU, where that is fastest); where the memory does not suffice it is halved, and
-    the step taken again. Clients whose steps go into one pass train together, the others after them. merge_config: how a
-    broadcast's merge reaches the base. Clients need names of their own.
+    by the memory of the device; at most 1,024 on a CPU, where more is hardly faster); where the memory does not suffice it is
+    halved, and the step taken again. Clients whose steps go into one pass train together, the others after them. merge_config: how
+    a broadcast's merge reaches the base. Clients need names of their own.
     After fit, failures says which clients gave no update, and why; seconds, what each phase took; rate, tokens a second of all
     clients together (tokens_per_second: while it runs). Raises ConfigError, TargetError.
     """
@@ -189,6 +189,7 @@ def groups(members: Sequence[Member], budget: int, memory: float) -> Iterator[li
     and no more than half of the memory (bytes) can hold the factors, gradients and optimiser states of. Their order is kept.
 
     So a client's step is one pass, or passes of its own, and no pass carries the gradients of clients that have no rows in it.
+    Groups have about as many tokens a step each.
     """
     def size(member: Member) -> tuple[int, int, int, int]:
         """Tokens of a step, ranks, bytes, clients."""
@@ -196,12 +197,15 @@ def groups(members: Sequence[Member], budget: int, memory: float) -> Iterator[li
         return member.tokens_a_step, member.client.rank, 16 * numbers, 1
 
     order = sorted(range(len(members)), key=lambda k: (members[k].depth, members[k].num_steps, k))
+    tokens = sum(member.tokens_a_step for member in members)
+    share = tokens / max(1, -(-tokens // budget))
     group: list[int] = []
     total = (0, 0, 0, 0)
     for k in order:
         following = tuple(a + b for a, b in zip(total, size(members[k]), strict=True))
         most = (budget, MOST_RANKS, memory / 2, MOST_CLIENTS)
-        if group and any(a > b for a, b in zip(following, most, strict=True)):
+        enough = total[0] + members[k].tokens_a_step / 2 > share
+        if group and (enough or any(a > b for a, b in zip(following, most, strict=True))):
             yield [members[i] for i in sorted(group)]
             group, following = [], size(members[k])
         group.append(k)

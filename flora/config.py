@@ -79,7 +79,7 @@ class RunConfig(_Strict):
     gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches in an optimiser step."""
     max_tokens_per_batch: PositiveInt | Literal["auto"] = "auto"
-    """Tokens that one pass of the clients that train together may hold; auto: by the memory of the device, at most 512 on a CPU."""
+    """Tokens that one pass of the clients that train together may hold; auto: by the device's memory, at most 1,024 on a CPU."""
     gradient_checkpointing: bool = False
     """Compute each block again in the backward pass instead of keeping what it computed: less memory, a third more time."""
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -101,6 +101,7 @@ def test_clients_whose_steps_one_pass_holds_train_together():
     assert ranks([member_of(r) for r in (600, 500, 500, 1, 2000, 3)]) == [[600], [500, 500, 1], [2000], [3]]
     assert [len(g) for g in ranks([member_of(1)] * 600)] == [256, 256, 88]
     assert ranks([member_of(r, tokens=200) for r in range(1, 6)]) == [[1, 2], [3, 4], [5]]
+    assert ranks([member_of(r, tokens=100) for r in range(1, 7)]) == [[1, 2, 3], [4, 5, 6]]       # not five and one
     assert ranks([member_of(r, tokens=900) for r in (1, 2)]) == [[1], [2]]
     assert ranks([member_of(r, depth, tokens=200) for r, depth in ((1, 3), (2, 0), (3, 3), (4, 0))]) == [[2, 4], [1, 3]]
     assert ranks([member_of(r, 0, steps, 200) for r, steps in ((1, 9), (2, 2), (3, 9), (4, 2))]) == [[2, 4], [1, 3]]
