@@ -42,6 +42,8 @@ bench: install
 	$(PY) -m benchmarks.bench_lora_linear
 	$(PY) -m benchmarks.bench_lora_linear --allocator default --rows 2048 --ranks 16 --kinds one
 	$(PY) -m benchmarks.bench_merge
+	$(PY) -m benchmarks.bench_cohort
+	$(PY) -m benchmarks.bench_round
 
 gpu: $(if $(filter command,$(firstword $(origin PY))),,install)
 	$(PY) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "make gpu needs an NVIDIA GPU; none was found"; exit 1; }

@@ -7,16 +7,14 @@ a call over what was held before it. The same merges keep being added to the sam
 Then two tables on what merges leave: the error of 200 of them into bf16, and the memory of 10,000 clients that arrive in a stream.
 """
 import argparse
-import ctypes
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from benchmarks.gate import require_green
-from benchmarks.measure import copy_bandwidth, interleaved, publish, rows_of
+from benchmarks.measure import copy_bandwidth, interleaved, memory, publish, reset_peak, rows_of
 from benchmarks.shapes import MODELS, RANKS
 from flora import ops
 from flora.adapter import Adapter, stack
@@ -115,23 +113,10 @@ def peft_calls(case: Case) -> dict[str, Callable[[], object]]:
 
 def extra_megabytes(call: Callable[[], object], device: str) -> float | None:
     """Peak memory of a call over what was held before, in MB; None where the system does not say."""
-    if device == "cuda":
-        held = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return (torch.cuda.max_memory_allocated() - held) / 1e6
-    try:
-        ctypes.CDLL(None).malloc_trim(0)                                  # memory that was freed must not serve a call unseen
-        Path("/proc/self/clear_refs").write_text("5")                     # the peak starts from what is resident now
-
-        def resident(field: str) -> int:
-            lines = Path("/proc/self/status").read_text().splitlines()
-            return next(int(line.split()[1]) for line in lines if line.startswith(field))
-        before = resident("VmRSS")
-        call()
-        return max(0, resident("VmHWM") - before) * 1024 / 1e6
-    except (OSError, AttributeError):
+    if not reset_peak(device) or (held := memory(device)) is None:
         return None
+    call()
+    return max(0.0, memory(device, peak=True) - held) / 1e6
 
 
 def shapes_of(model: str, blocks: int | None) -> list[tuple[int, int]]:
@@ -162,13 +147,13 @@ def timings(options: argparse.Namespace, device: str) -> list[dict]:
                 calls |= peft_calls(case)
                 for call in calls.values():
                     call()
-                memory = {variant: extra_megabytes(call, device) for variant, call in calls.items()}
+                extra = {variant: extra_megabytes(call, device) for variant, call in calls.items()}
                 seconds = interleaved(calls, options.repeats, 1)
             limit = 2 * sum(w.nbytes for w in case.weights) / bandwidth
             title = f"{model}: {len(shapes)} weights, {name}, {len(RANKS)} clients, R = {sum(RANKS)}"
             timed = rows_of(title, seconds, "addmm_ of an fp32 stack", limit)
-            rows += [row | {"extra_mb": memory[row["variant"]]} for row in timed]
-            for variant, megabytes in memory.items():
+            rows += [row | {"extra_mb": extra[row["variant"]]} for row in timed]
+            for variant, megabytes in extra.items():
                 print(f"{title}: {variant}: {'?' if megabytes is None else f'{megabytes:.1f}'} MB extra", flush=True)
     return rows
 

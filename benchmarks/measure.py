@@ -1,4 +1,6 @@
 """How every benchmark measures: variants interleaved, medians and quartiles, ratios in one run, JSON beside the table."""
+import contextlib
+import ctypes
 import json
 import platform
 import statistics
@@ -13,6 +15,10 @@ from rich.table import Table
 from flora import kernels
 
 RESULTS = Path(__file__).parent / "results"
+# What a row may hold besides its time: the column's title and how the number is written.
+COLUMNS = {"tokens_per_second": ("tokens/s", ".0f"), "steady_tokens_per_second": ("steady", ".0f"),
+           "aggregate_ms": ("aggregate", ".0f"), "merge_ms": ("merge", ".0f"), "train_ms": ("train", ".0f"),
+           "peak_mb": ("peak MB", ".0f"), "extra_mb": ("extra MB", ".1f")}
 
 
 def interleaved(variants: Mapping[str, Callable[[], object]], repeats: int = 15, warmup: int = 3) -> dict[str, list[float]]:
@@ -46,6 +52,33 @@ def device_name() -> str:
     return torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else f"cpu-{torch.get_num_threads()}-threads"
 
 
+def reset_peak(device: str = "cpu") -> bool:
+    """Makes this process's peak memory start from what it holds now; False where the system cannot."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        ctypes.CDLL(None).malloc_trim(0)                                # memory that was freed must not serve a call unseen
+        Path("/proc/self/clear_refs").write_text("5")
+        return True
+    except (OSError, AttributeError):
+        return False
+
+
+def memory(device: str = "cpu", peak: bool = False) -> float | None:
+    """Bytes that this process holds, or held at its peak, in memory or on the card; None where the system does not say.
+
+    From /proc, not ru_maxrss, which a child process inherits from its parent and nothing resets.
+    """
+    if device == "cuda":
+        return float(torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated())
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        field = "VmHWM:" if peak else "VmRSS:"
+        return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024.0
+    return None
+
+
 def matmul_peak(dtype: torch.dtype, device: str = "cpu") -> float:
     """Operations a second of a large square product in this dtype: the limit of what a product can reach."""
     n = 8192 if device == "cuda" else 1536
@@ -61,25 +94,36 @@ def copy_bandwidth(device: str = "cpu") -> float:
     return 2 * source.nbytes / statistics.median(values)
 
 
-def publish(name: str, rows: list[dict], others: list[dict] | None = None) -> None:
+def publish(name: str, rows: list[dict], others: list[dict] | None = None, keep: bool = False) -> None:
     """Prints a table a case and writes benchmarks/results/<device>/<name>.json with the versions that it depends on, and `others`,
-    rows that are not times."""
+    rows that are not times. keep: cases that the file has and that were not measured now stay, if the versions are the same."""
     console = Console(width=132, highlight=False)
     console.print(f"{name} on {device_name()}; ms: median (quartiles); x peer: times that of the variant "
                   "marked *; x limit: times the limit")
     for case in dict.fromkeys(row["case"] for row in rows):
-        table = Table(title=case, title_justify="left", box=None)
-        memory = any(row.get("extra_mb") is not None for row in rows if row["case"] == case)
-        for column in ("variant", "ms", "quartiles", "x peer", "x limit", *(("extra MB",) if memory else ())):
-            table.add_column(column, justify="left" if column == "variant" else "right", min_width=36 if column == "variant" else 8)
-        for row in (row for row in rows if row["case"] == case):
-            limit, star = row["times_limit"], "*" * (row["variant"] == row["against"])
-            table.add_row(row["variant"], f"{row['ms']:.3f}", f"{row['ms_low']:.3f} – {row['ms_high']:.3f}",
-                          f"{row['times_against']:.2f}{star}", f"{limit:.2f}" if limit else "–",
-                          *((f"{row['extra_mb']:.1f}",) if memory else ()))
-        console.print(table)
+        _show(console, case, [row for row in rows if row["case"] == case])
     folder = RESULTS / device_name()
     folder.mkdir(parents=True, exist_ok=True)
     about = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads(),
              "kernels": [choice._asdict() for choice in kernels.table()]}
-    (folder / f"{name}.json").write_text(json.dumps({"about": about, "rows": rows + (others or [])}, indent=1) + "\n")
+    rows = rows + (others or [])
+    path = folder / f"{name}.json"
+    if keep and path.exists() and (old := json.loads(path.read_text()))["about"] == about:
+        rows = [row for row in old["rows"] if row["case"] not in {new["case"] for new in rows}] + rows
+    path.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+
+
+def _show(console: Console, case: str, rows: list[dict]) -> None:
+    """The table of a case, with the columns that its rows have."""
+    table = Table(title=case, title_justify="left", box=None)
+    extra = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
+    table.add_column("variant", min_width=36 if len(extra) < 3 else 8)
+    for column in ("ms", "quartiles", "x peer", "x limit", *(COLUMNS[key][0] for key in extra)):
+        table.add_column(column, justify="right", min_width=8 if len(extra) < 3 else 6, no_wrap=True)
+    for row in rows:
+        limit, star = row["times_limit"], "*" * (row["variant"] == row["against"])
+        digits = 3 if row["ms"] < 1000 else 0
+        numbers = ("–" if row.get(key) is None else format(row[key], COLUMNS[key][1]) for key in extra)
+        table.add_row(row["variant"], f"{row['ms']:.{digits}f}", f"{row['ms_low']:.{digits}f} – {row['ms_high']:.{digits}f}",
+                      f"{row['times_against']:.2f}{star}", f"{limit:.2f}" if limit else "–", *numbers)
+    console.print(table)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from flora.adapter import Adapters
 from flora.errors import ConfigError
+from flora.losses import Loss
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,9 @@ class TrainConfig:
     per_device_train_batch_size: sequences a micro-batch; gradient_accumulation_steps: micro-batches a step.
     lr_scheduler_type: "constant", "linear" or "cosine", after warmup_steps of linear warm-up; it restarts every round.
     max_grad_norm: clips each client's gradient by its own norm (0: no clipping). seed: with the client's name and the round
-    it decides order, fresh adapters and dropout..
+    it decides order, fresh adapters and dropout. gradient_checkpointing: compute each block again in the backward pass instead of
+    keeping what it computed. adapter_dtype: of A and B while they train, and of the updates ("bfloat16"; None: float32).
+    loss: what is minimised (losses.py; None: CausalLM).
     """
     learning_rate: float = 3e-4
     max_steps: int | None = None
@@ -63,6 +66,9 @@ class TrainConfig:
     seed: int = 0
     num_train_epochs: float = 1.0
     pad_token_id: int = 0
+    gradient_checkpointing: bool = False
+    adapter_dtype: Literal["float32", "bfloat16"] | None = None
+    loss: Loss | None = None
 
     def __post_init__(self) -> None:
         def need(name: str, good: bool, expected: str) -> None:
@@ -79,6 +85,7 @@ class TrainConfig:
         need("lr_scheduler_type", self.lr_scheduler_type in ("constant", "linear", "cosine"), '"constant", "linear" or "cosine"')
         need("lora_dropout", 0 <= self.lora_dropout < 1, "a probability in [0, 1)")
         need("num_train_epochs", self.num_train_epochs > 0, "a positive number")
+        need("adapter_dtype", self.adapter_dtype in ("float32", "bfloat16", None), '"float32", "bfloat16" or None')
 
 
 def learning_rate_factor(step: int, num_steps: int, warmup_steps: int, kind: str) -> float:

@@ -11,45 +11,45 @@ the rounding of sums, alone or in company, and a client that is done or fails le
 The step is AdamW (betas 0.9, 0.999, eps 1e-8) on the mean loss over the labelled tokens of the whole optimiser step,
 accumulation included; gradients are clipped by the client's own norm; the schedule restarts every round.
 """
+import contextlib
 import logging
 import math
-import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from flora import ops
-from flora.adapter import Adapter, Adapters, fresh_adapters, stack, truncate
-from flora.client import LocalClient, TrainConfig, learning_rate_factor
-from flora.data.batches import collate, num_label_tokens, steps_per_epoch, training_steps
+from flora.adapter import Adapter, Adapters, stack
+from flora.budget import Budget, available
+from flora.client import LocalClient, TrainConfig
+from flora.clock import Clock
+from flora.data.batches import steps_per_epoch, training_steps
 from flora.errors import ConfigError, DataError, TrainingError
-from flora.evaluate import device_of, sequence_losses
+from flora.loop import Loop, OnStep
+from flora.losses import CausalLM, Loss, Row
+from flora.member import Member, starting_adapters
 from flora.messages import Broadcast, Update
 from flora.nn import applied, target_shapes
-from flora.packed import Packed, joined
+from flora.packed import MOST_CLIENTS, MOST_RANKS, Packed, joined
+from flora.packing import device_of, packable, traits_of
 from flora.seeds import derive
 from flora.versions import MergeConfig, bring_to
 
 log = logging.getLogger(__name__)
 
-Rows = Sequence[Mapping[str, Sequence[int]]]
-OnStep = Callable[[str, int, int, float], None]
-# Of a pass. On 2 cores 512 was the fastest of 256 to 2,048, at half the memory of 2,048.
-TOKENS = {"cpu": 512, "cuda": 4096}
-
 
 class Cohort:
     """Clients that share one frozen base.
 
-    model: a causal LM (input_ids, attention_mask -> .logits); targets: which modules carry adapters, as in flora.attach;
-    max_tokens_per_batch: padded tokens that one pass may hold, of at least one sequence ("auto": 512 on a CPU, 4,096 on a GPU);
-    where the memory does not suffice it is halved, and the step taken again. merge_config: how a broadcast's merge reaches the
-    base. Clients need names of their own.
-    After fit, failures says which clients gave no update, and why. Raises ConfigError, TargetError.
+    model: a causal LM (input_ids, attention_mask -> .logits), or what train_config.loss takes; targets: which modules carry
+    adapters, as in flora.attach; max_tokens_per_batch: tokens that one pass may hold, of at least one row ("auto": measured once,
+    by the memory of the device; at most 1,024 on a CPU, where more is hardly faster); where the memory does not suffice it is
+    halved, and the step taken again. Clients whose steps go into one pass train together, the others after them. merge_config: how
+    a broadcast's merge reaches the base. Clients need names of their own.
+    After fit, failures says which clients gave no update, and why; seconds, what each phase took; rate, tokens a second of all
+    clients together (tokens_per_second: while it runs). Raises ConfigError, TargetError.
     """
 
     def __init__(self, model: nn.Module, clients: Sequence[LocalClient], train_config: TrainConfig,
@@ -62,9 +62,17 @@ class Cohort:
             raise ConfigError(f'max_tokens_per_batch: expected "auto" or at least 1; got {max_tokens_per_batch}')
         self.model, self.clients, self.train_config, self.targets = model, list(clients), train_config, targets
         self.max_tokens_per_batch, self.merge_config = max_tokens_per_batch, merge_config
-        self._budget = TOKENS.get(device_of(model).type, 4096) if max_tokens_per_batch == "auto" else max_tokens_per_batch
+        self._budget = Budget(model, max_tokens_per_batch)
+        self._loss = train_config.loss or CausalLM()
         self.shapes = target_shapes(model, targets)
         self.failures: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
+        self.rate, self._tokens, self._began = 0.0, 0, 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens trained on since fit began, all clients together, over the seconds since; `rate` is that of a whole fit."""
+        return self._tokens / max(1e-9, time.perf_counter() - self._began)
 
     def fit(self, broadcast: Broadcast, frozen: Adapters | Sequence[Adapters | None] | None = None,
             on_step: OnStep | None = None) -> list[Update]:
@@ -74,31 +82,57 @@ class Cohort:
         loss) is called after each step. Order of clients kept; a client whose loss is not finite, or that has no labelled token,
         is left out and named in failures. No adapter stays attached. Raises RunError for a base of another version.
         """
-        bring_to(self.model, broadcast, self.merge_config)
+        clock = Clock(device_of(self.model))
+        with clock("merge"):
+            bring_to(self.model, broadcast, self.merge_config)
         per_client = [frozen] * len(self.clients) if frozen is None or isinstance(frozen, Mapping) else list(frozen)
         if len(per_client) != len(self.clients):
             raise ConfigError(f"frozen: expected one entry a client ({len(self.clients)}); got {len(per_client)}")
-        self.failures, trained = {}, {}
-        was_training = self.model.training
+        self.failures, self._tokens, self._began, trained = {}, 0, time.perf_counter(), {}
         members = []
-        for client, ranks in zip(self.clients, per_client, strict=True):
-            try:
-                members.append(self._member(client, broadcast, ranks))
-            except DataError as error:
-                self._fail(client.name, error)
-        try:
-            for group in _groups(members):
-                trained |= {update.client: update for update in self._fit_group(group, broadcast, on_step)}
-        finally:
-            self.model.train(was_training)
+        with clock("setup"):
+            for client, ranks in zip(self.clients, per_client, strict=True):
+                try:
+                    members.append(self._member(client, broadcast, ranks))
+                except DataError as error:
+                    self._fail(client.name, error)
+        with self._mode():
+            for group in groups(members, self._budget.tokens, available(device_of(self.model))):
+                trained |= self._fit_group(group, broadcast, on_step, clock)
+        self.seconds = clock.read()
+        took, self.rate = time.perf_counter() - self._began, self.tokens_per_second
         self.failures = {client.name: self.failures[client.name] for client in self.clients if client.name in self.failures}
-        return [trained[client.name] for client in self.clients if client.name in trained]
+        return [Update(trained[m.client.name], len(m.client.rows), {
+            "loss": sum(m.losses) / len(m.losses), "last_loss": m.losses[-1], "steps": len(m.losses), "tokens": m.tokens,
+            "seconds": took * m.tokens / self._tokens, "tokens_per_second": self.rate}, broadcast.version, m.client.name)
+            for m in members if m.client.name in trained]
 
     def _fail(self, name: str, error: Exception) -> None:
         self.failures[name] = str(error)
         log.warning("client %s is left out of this round: %s", name, error)
 
-    def _member(self, client: LocalClient, broadcast: Broadcast, frozen: Adapters | None) -> "_Member":
+    @contextlib.contextmanager
+    def _mode(self) -> Iterator[None]:
+        """The model as it trains, and afterwards as it was: mode, checkpointing, attention."""
+        model, was_training = self.model, self.model.training
+        packs = self._loss.packs and traits_of(model).packs
+        on = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        switch = self.train_config.gradient_checkpointing and not on
+        kind = next((kind for kind in ("activation", "gradient") if hasattr(model, f"{kind}_checkpointing_enable")), None)
+        if switch and kind is None:                             # transformers 6 has the first name, 5 the second
+            raise ConfigError(f"gradient_checkpointing: expected a model of transformers, which can; got {type(model).__name__}")
+        try:
+            model.train()
+            if switch:
+                getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+            with packable(model) if packs else contextlib.nullcontext():
+                yield
+        finally:
+            if switch:
+                getattr(model, f"{kind}_checkpointing_disable")()
+            model.train(was_training)
+
+    def _member(self, client: LocalClient, broadcast: Broadcast, frozen: Adapters | None) -> Member:
         """A client's part in this round. Raises DataError where it has no labelled token."""
         config, version = self.train_config, broadcast.version
         own = self.shapes if client.layers is None else target_shapes(self.model, self.targets, client.layers)
@@ -108,174 +142,73 @@ class Cohort:
             asleep.setdefault(name, []).append(a)
         size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
         epoch = steps_per_epoch(len(client.rows), size, accumulation)
-        return _Member(
+        return Member(
             client, starting_adapters(client, held, own, config.seed, version),
             {name: parts[0] if len(parts) == 1 else stack([a.to("cpu") for a in parts]) for name, parts in asleep.items()},
-            training_steps(client.rows, size, accumulation, config.shuffle, config.seed, (client.name, version)),
+            training_steps(client.rows, size, accumulation, config.shuffle, config.seed, (client.name, version), self._loss.terms),
             client.max_steps or config.max_steps or math.ceil(config.num_train_epochs * epoch),
-            client.learning_rate or config.learning_rate, derive(config.seed, client.name, version, "dropout"))
+            client.learning_rate or config.learning_rate, derive(config.seed, client.name, version, "dropout"),
+            list(self.shapes).index(next(iter(own))), _tokens_a_step(client.rows, size * accumulation, self._loss))
 
-    def _fit_group(self, members: Sequence["_Member"], broadcast: Broadcast, on_step: OnStep | None) -> Iterator[Update]:
-        """Trains clients together, a step of each at a time; a client that is done or fails leaves the batch."""
-        config, model, began = self.train_config, self.model, time.perf_counter()
+    def _fit_group(self, members: Sequence[Member], broadcast: Broadcast, on_step: OnStep | None,
+                   clock: Clock) -> dict[str, dict[str, Adapter]]:
+        """Trains clients together; their adapters, by name, but for those that failed."""
+        config, model, device = self.train_config, self.model, device_of(self.model)
         starts, asleep = [m.start for m in members], [m.asleep for m in members]
-        devices = [device_of(model)] if device_of(model).type == "cuda" else []
-        with torch.random.fork_rng(devices), applied(model, joined(starts, asleep), config.lora_dropout) as layers:
-            torch.manual_seed(derive(config.seed, broadcast.version, "torch"))
-            packed = Packed(layers, starts, asleep, broadcast.train)
-            for k, member in enumerate(members):
-                member.prepare(packed.parameters[k], config)
-            model.train()
-            while active := [k for k, m in enumerate(members) if not m.failed and len(m.losses) < m.num_steps]:
-                self._step(packed, members, active, on_step)
-            adapters = [packed.adapters(k) for k in range(len(members))]
-        seconds, tokens = time.perf_counter() - began, sum(m.tokens for m in members)
+        dtype = None if config.adapter_dtype is None else getattr(torch, config.adapter_dtype)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), contextlib.ExitStack() as attached:
+            with clock("setup"):
+                layers = attached.enter_context(applied(model, joined(starts, asleep), config.lora_dropout, dtype))
+                packed = Packed(layers, starts, asleep, broadcast.train)
+            Loop(model, packed, members, config, self._budget, clock).run(
+                on_step, self._count, derive(config.seed, broadcast.version, "torch"))
+            with clock("setup"):
+                adapters = [packed.adapters(k) for k in range(len(members))]
+        out = {}
         for member, trained in zip(members, adapters, strict=True):
             if not member.failed and not all(bool(torch.isfinite(f).all()) for a in trained.values() for f in (a.A, a.B)):
                 member.failed = "expected finite factors after the last step; got NaN or infinity. Lower its learning rate."
             if member.failed:
                 self._fail(member.client.name, TrainingError(member.failed))
-                continue
-            metrics = {"loss": sum(member.losses) / len(member.losses), "last_loss": member.losses[-1],
-                       "steps": len(member.losses), "tokens": member.tokens, "seconds": seconds * member.tokens / tokens,
-                       "tokens_per_second": tokens / seconds}
-            yield Update(trained, len(member.client.rows), metrics, broadcast.version, member.client.name)
+            else:
+                out[member.client.name] = trained
+        return out
 
-    def _step(self, packed: Packed, members: Sequence["_Member"], active: Sequence[int], on_step: OnStep | None) -> None:
-        """One optimiser step of every active client."""
-        config = self.train_config
-        batches = {k: [row for batch in next(members[k].steps) for row in batch] for k in active}
-        losses = self._gradients(packed, members, batches)
-        for k in active:
-            member, loss = members[k], losses[k]
-            norm = float(torch.nn.utils.clip_grad_norm_(packed.parameters[k], config.max_grad_norm or math.inf))
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                member.failed = (f"expected a finite loss; got {loss} (gradient norm {norm}) at step {len(member.losses) + 1} of "
-                                 f"{member.num_steps}. Lower its learning rate (now {member.learning_rate}) or look at its rows.")
-                continue
-            member.update(loss, config)
-            member.tokens += sum(len(row["input_ids"]) for row in batches[k])
-            if on_step is not None:
-                on_step(member.client.name, len(member.losses), member.num_steps, loss)
-
-    def _gradients(self, packed: Packed, members: Sequence["_Member"], batches: Mapping[int, Rows]) -> dict[int, float]:
-        """Every client's gradient of its own mean loss over the labelled tokens of its step; the losses.
-
-        What is differentiated is the sum of the clients' means: it falls apart into theirs, as no row meets another's ranks.
-        """
-        labelled = {k: num_label_tokens(rows) for k, rows in batches.items()}
-        places = [_Place(k, i, row) for k, rows in batches.items() for i, row in enumerate(rows) if num_label_tokens([row])]
-        while True:
-            try:
-                return self._accumulate(packed, members, places, labelled)
-            except RuntimeError as error:                               # torch.OutOfMemoryError is one; the CPU has none of its own
-                longest = max(len(place.row["input_ids"]) for place in places)
-                if not re.search("out of memory|can't allocate memory|not enough memory", str(error)) or self._budget <= longest:
-                    raise
-                self._budget = max(longest, self._budget // 2)
-                log.warning("out of memory: passes hold at most %d tokens from now on, and the step is taken again", self._budget)
-                if device_of(self.model).type == "cuda":
-                    torch.cuda.empty_cache()
-
-    def _accumulate(self, packed: Packed, members: Sequence["_Member"], places: Sequence["_Place"],
-                    labelled: Mapping[int, int]) -> dict[int, float]:
-        """The gradients and losses of a step, pass by pass."""
-        config, device = self.train_config, device_of(self.model)
-        losses = dict.fromkeys(labelled, 0.0)
-        packed.zero_grad()
-        for part in passes(places, self._budget):
-            batch = {name: t.to(device) for name, t in collate([place.row for place in part], config.pad_token_id).items()}
-            length = batch["input_ids"].shape[1]
-            keys = None
-            if config.lora_dropout:
-                keys = torch.cat([ops.row_keys(ops.row_keys(members[p.client].key, len(members[p.client].losses)), p.sequence,
-                                               torch.arange(length)) for p in part]).to(device)
-            packed.route([length * sum(p.client == k for p in part) for k in range(packed.count)], keys)
-            per_sequence = sequence_losses(self.model, batch)
-            weights = torch.tensor([1.0 / labelled[p.client] for p in part], device=device)
-            (per_sequence * weights).sum().backward()
-            for place, loss in zip(part, per_sequence.detach().tolist(), strict=True):
-                losses[place.client] += loss / labelled[place.client]
-        return losses
+    def _count(self, tokens: int) -> None:
+        self._tokens += tokens
 
 
-@dataclass
-class _Member:
-    """A client in a round: where it starts, what it sees, its steps, and how far it came."""
-    client: LocalClient
-    start: Adapters
-    asleep: Adapters
-    steps: Iterator[Sequence[Rows]]
-    num_steps: int
-    learning_rate: float
-    key: int
-    losses: list[float] = field(default_factory=list)
-    tokens: int = 0
-    failed: str = ""
-
-    def prepare(self, parameters: Sequence[Tensor], config: TrainConfig) -> None:
-        self.optimizer = torch.optim.AdamW(parameters, self.learning_rate, weight_decay=config.weight_decay, fused=True)
-
-    def update(self, loss: float, config: TrainConfig) -> None:
-        """A step of AdamW on its own factors, with its own schedule."""
-        factor = learning_rate_factor(len(self.losses), self.num_steps, config.warmup_steps, config.lr_scheduler_type)
-        self.optimizer.param_groups[0]["lr"] = self.learning_rate * factor
-        self.optimizer.step()
-        self.losses.append(loss)
+def _tokens_a_step(rows: Sequence[Row], count: int, loss: Loss) -> int:
+    """About how many tokens a step of so many rows has, by the first rows."""
+    some = [sum(len(part["input_ids"]) for part in loss.sequences(row)) for row in rows[:64]]
+    return round(sum(some) / len(some) * min(count, len(rows)))
 
 
-class _Place(NamedTuple):
-    """A row of a step: whose it is, and its number among that client's rows of the step, which keys its dropout."""
-    client: int
-    sequence: int
-    row: Mapping[str, Sequence[int]]
+def groups(members: Sequence[Member], budget: int, memory: float) -> Iterator[list[Member]]:
+    """Clients that train together: those whose steps one pass holds, of like depth and number of steps; as many as a kernel takes,
+    and no more than half of the memory (bytes) can hold the factors, gradients and optimiser states of. Their order is kept.
 
+    So a client's step is one pass, or passes of its own, and no pass carries the gradients of clients that have no rows in it.
+    Groups have about as many tokens a step each.
+    """
+    def size(member: Member) -> tuple[int, int, int, int]:
+        """Tokens of a step, ranks, bytes, clients."""
+        numbers = sum(a.A.numel() + a.B.numel() for a in member.start.values())
+        return member.tokens_a_step, member.client.rank, 16 * numbers, 1
 
-def _groups(members: Sequence[_Member], ranks: int = 1024, count: int = 256) -> Iterator[list[_Member]]:
-    """Clients that train together: as many as what a kernel takes, in order."""
-    group: list[_Member] = []
-    for member in members:
-        if group and (len(group) == count or sum(m.client.rank for m in group) + member.client.rank > ranks):
-            yield group
-            group = []
-        group.append(member)
+    order = sorted(range(len(members)), key=lambda k: (members[k].depth, members[k].num_steps, k))
+    tokens = sum(member.tokens_a_step for member in members)
+    share = tokens / max(1, -(-tokens // budget))
+    group: list[int] = []
+    total = (0, 0, 0, 0)
+    for k in order:
+        following = tuple(a + b for a, b in zip(total, size(members[k]), strict=True))
+        most = (budget, MOST_RANKS, memory / 2, MOST_CLIENTS)
+        enough = total[0] + members[k].tokens_a_step / 2 > share
+        if group and (enough or any(a > b for a, b in zip(following, most, strict=True))):
+            yield [members[i] for i in sorted(group)]
+            group, following = [], size(members[k])
+        group.append(k)
+        total = following
     if group:
-        yield group
-
-
-def passes(places: Sequence[_Place], budget: int) -> Iterator[list[_Place]]:
-    """Cuts a step into passes of at most so many padded tokens, of at least one sequence; sequences of like length together.
-
-    At most a quarter of a pass is padding, but for small ones. In a pass rows lie client by client.
-    """
-    ordered = sorted(places, key=lambda place: -len(place.row["input_ids"]))
-    part: list[_Place] = []
-    for place in ordered:
-        longest = len(part[0].row["input_ids"]) if part else 0
-        full = part and longest * (len(part) + 1) > budget
-        ragged = part and len(place.row["input_ids"]) < 0.75 * longest and longest * len(part) >= 256
-        if full or ragged:
-            yield sorted(part, key=lambda p: (p.client, p.sequence))
-            part = []
-        part.append(place)
-    if part:
-        yield sorted(part, key=lambda p: (p.client, p.sequence))
-
-
-def starting_adapters(client: LocalClient, start: Adapters | None, own: Mapping[str, tuple[int, int]], seed: int,
-                      version: int) -> dict[str, Adapter]:
-    """Where a client's training starts: the start cut to its rank, its scale kept, or filled up with fresh ranks.
-
-    Fresh ranks (A random, B = 0, the client's own alpha / rank) are drawn from (seed, client, version, layer).
-    """
-    fresh = fresh_adapters(own, client.rank, client.alpha, seed, client.name, version, "fresh")
-    out = {}
-    for name, drawn in fresh.items():
-        given = (start or {}).get(name)
-        if given is None:
-            out[name] = drawn
-        elif given.rank >= client.rank:
-            out[name] = truncate(given, client.rank)
-        else:
-            out[name] = stack([given.to("cpu"), Adapter(drawn.A[given.rank:], drawn.B[:, given.rank:], drawn.scale[given.rank:])])
-    return out
+        yield [members[i] for i in sorted(group)]

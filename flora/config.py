@@ -78,6 +78,12 @@ class RunConfig(_Strict):
     """Sequences in a micro-batch."""
     gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches in an optimiser step."""
+    max_tokens_per_batch: PositiveInt | Literal["auto"] = "auto"
+    """Tokens that one pass of the clients that train together may hold; auto: by the device's memory, at most 1,024 on a CPU."""
+    gradient_checkpointing: bool = False
+    """Compute each block again in the backward pass instead of keeping what it computed: less memory, a third more time."""
+    adapter_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the adapters while they train, and on the wire."""
     max_length: Annotated[int, Field(ge=2)] = 512
     """Tokens of a sequence; longer ones lose the start of their prompt first."""
     chat_template: bool = True
@@ -93,7 +99,7 @@ class RunConfig(_Strict):
     seed: int = 0
     """Decides partition, splits, sampling, fresh adapters, order and dropout."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the base; auto: float32 on a CPU, bfloat16 on a GPU. Adapters are float32."""
+    """Of the base; auto: float32 on a CPU, bfloat16 on a GPU."""
     device: str = "auto"
     """cpu, cuda, cuda:1; auto: a GPU where there is one."""
     output_dir: str = "runs/flora"

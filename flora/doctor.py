@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flora import kernels
+from flora.allocator import keep_large_blocks
 
 COSTS = {
     "transformers": "no causal LM can be loaded by name; the layers and the algebra work on your own modules",
@@ -62,6 +63,9 @@ def main() -> None:
         parts.add_row(name, found or "[red]missing[/red]", "" if found else cost)
     features, cost = _host()
     parts.add_row("host extension", features or "[red]missing[/red]", cost)
+    why = keep_large_blocks()
+    parts.add_row("allocator", f"[red]as it comes[/red]: {why}" if why else "keeps large blocks (flora run sees to it)",
+                  "large tensors fault their pages in at every step: training is slower on a CPU" if why else "")
     console.print(parts)
     table = Table(title="which code runs an operator", title_justify="left")
     for column in ("operator", "device", "backend", "why"):

@@ -1,80 +1,178 @@
-"""Held-out loss, perplexity and next-token accuracy on completions, in eval mode and without randomness.
+"""Held-out loss, perplexity and next-token accuracy on completions, and greedy answers, of one model or of every client's own.
 
-Logits are computed only where some row of the batch has a label (`logits_to_keep` of transformers' models): with chat data
-most positions are prompt, and the output embedding of a small model is a fifth of its work.
+In eval mode and without randomness. Personal models are the base with each client's adapters on that client's rows, routed as in
+training: one pass serves several clients, and no adapter is attached and detached in turn.
 """
-import inspect
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from flora.data.batches import collate, length_batches
+from flora.adapter import Adapters
+from flora.data.batches import Batch, batch_of, num_label_tokens
 from flora.errors import DataError
+from flora.losses import sequence_sums, token_losses
+from flora.nn import applied
+from flora.packed import Packed, joined, together
+from flora.packing import device_of, line, packable, traits_of
+
+Row = Mapping[str, Any]
+Route = Callable[[Sequence[int]], None]
 
 
-def labelled_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Logits that predict a label, and the labels: (positions, vocabulary) and int64 (positions,).
-
-    batch: input_ids, attention_mask, labels (-100: none), each (sequences, tokens); position t predicts label t + 1.
-    """
-    labels = batch["labels"][:, 1:]
-    labelled = labels != -100
-    columns = labelled.any(0).nonzero().squeeze(1)
-    known = inspect.signature(model.forward).parameters
-    options: dict[str, object] = {"use_cache": False} if "use_cache" in known else {}
-    partial = "logits_to_keep" in known
-    if partial:
-        options["logits_to_keep"] = columns
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **options).logits
-    if not partial:
-        logits = logits[:, columns]
-    here = labelled[:, columns]
-    return logits[here], labels[:, columns][here]
-
-
-def completion_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int, int]:
-    """(sum of the cross entropy over labelled tokens in fp32, how many were predicted right, how many there are)."""
-    logits, labels = labelled_logits(model, batch)
-    right = int((logits.detach().argmax(-1) == labels).sum()) if not torch.is_grad_enabled() else 0
-    return cross_entropy(logits.float(), labels, reduction="sum"), right, labels.numel()
-
-
-def sequence_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """The sum of the cross entropy over each sequence's labelled tokens: fp32 (sequences,)."""
-    logits, labels = labelled_logits(model, batch)
-    counts = (batch["labels"][:, 1:] != -100).sum(1)
-    owner = torch.repeat_interleave(torch.arange(len(counts), device=labels.device), counts)
-    each = cross_entropy(logits.float(), labels, reduction="none")
-    return torch.zeros(len(counts), device=labels.device, dtype=each.dtype).index_add(0, owner, each)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, rows: Sequence[Mapping[str, Sequence[int]]], batch_size: int = 8,
-             pad_id: int = 0) -> dict[str, float]:
+def evaluate(model: nn.Module, rows: Sequence[Row], batch_size: int = 8, pad_id: int = 0) -> dict[str, float]:
     """{"loss", "perplexity", "accuracy", "tokens"} of a model on rows: means over labelled tokens, nats, greedy next token.
 
     The model's mode is put back afterwards. Raises DataError where no row has a label.
     """
+    [found] = _measure(model, [rows], batch_size, pad_id, None)
+    if found is None:
+        raise DataError(f"expected rows with labelled tokens to evaluate on; got {len(rows)} rows without one")
+    return found
+
+
+def evaluate_clients(model: nn.Module, views: Mapping[str, Adapters | None], rows: Mapping[str, Sequence[Row]],
+                     batch_size: int = 8, pad_id: int = 0,
+                     on_rows: Callable[[int], None] | None = None) -> dict[str, dict[str, float] | None]:
+    """What `evaluate` gives for every client's own model, by name: the base with its adapters (None: the base) on its rows.
+
+    All clients together: batch_size sequences a pass, whosever they are. None for a client without a labelled token. on_rows is
+    told how many rows each pass had. Raises TargetError where adapters do not fit the model, or some are attached.
+    """
+    out: dict[str, dict[str, float] | None] = {}
+    for names in together({name: views[name] or {} for name in views}):
+        with _routed(model, [views[name] or {} for name in names]) as route:
+            found = _measure(model, [rows[name] for name in names], batch_size, pad_id, route, on_rows)
+            out |= dict(zip(names, found, strict=True))
+    return out
+
+
+def generate_clients(model: nn.Module, views: Mapping[str, Adapters | None], prompts: Mapping[str, Sequence[Sequence[int]]],
+                     max_new_tokens: int = 64, pad_id: int = 0, eos_id: int | None = None) -> dict[str, list[list[int]]]:
+    """Every client's own model answers its prompts greedily: token ids without the prompt and without what follows the end.
+
+    One call of the model's `generate` for all clients; prompts are padded on the left. eos_id: None: the model's own. Raises
+    DataError for an empty prompt.
+    """
+    out: dict[str, list[list[int]]] = {}
+    for names in together({name: views[name] or {} for name in views}):
+        mine = [prompts[name] for name in names]
+        flat = [list(prompt) for some in mine for prompt in some]
+        if not all(flat):
+            raise DataError("expected prompts of at least one token; got an empty one. Start it with the model's first token.")
+        with _routed(model, [views[name] or {} for name in names]) as route:
+            answers = iter(_generate(model, flat, [len(some) for some in mine], route, (max_new_tokens, pad_id, eos_id)))
+        out |= {name: [next(answers) for _ in some] for name, some in zip(names, mine, strict=True)}
+    return out
+
+
+def _generate(model: nn.Module, prompts: Sequence[Sequence[int]], counts: Sequence[int], route: Route,
+              settings: tuple[int, int, int | None]) -> list[list[int]]:
+    if not prompts:
+        return []
+    (new, pad_id, eos_id), width, device = settings, max(map(len, prompts)), device_of(model)
+    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+
+    def before(module: nn.Module, args: tuple, kwargs: Mapping[str, Tensor]) -> None:
+        route([count * kwargs["input_ids"].shape[1] for count in counts])
+
+    ends = eos_id if eos_id is not None else model.generation_config.eos_token_id
+    ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}
+    hook = model.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        with _quiet(model):
+            lines = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new, do_sample=False, num_beams=1,
+                                   pad_token_id=pad_id, **({} if eos_id is None else {"eos_token_id": eos_id}))
+    finally:
+        hook.remove()
+    answers = lines[:, width:].tolist()
+    return [answer[:next((i for i, token in enumerate(answer) if token in ends), len(answer))] for answer in answers]
+
+
+def sequence_log_likelihoods(model: nn.Module, rows: Sequence[Row], batch_size: int = 8, pad_id: int = 0) -> list[float]:
+    """log p of each row's labelled tokens given those before them, summed: what choices are scored by."""
+    found = [0.0] * len(rows)
+    for indices, batch, losses, _ in _passes(model, list(rows), batch_size, pad_id, lambda *_: None):
+        for i, loss in zip(indices, sequence_sums(losses, batch).tolist(), strict=True):
+            found[i] = -loss
+    return found
+
+
+def with_reference(model: nn.Module, rows: Sequence[Row], batch_size: int = 8, pad_id: int = 0) -> list[dict[str, Any]]:
+    """Rows of losses.Preference with "reference" added: log p of both answers under the model as it is, in eval mode."""
+    pairs = [row[side] for row in rows for side in ("chosen", "rejected")]
+    log_p = sequence_log_likelihoods(model, pairs, batch_size, pad_id)
+    return [{**row, "reference": (log_p[2 * i], log_p[2 * i + 1])} for i, row in enumerate(rows)]
+
+
+@contextlib.contextmanager
+def _routed(model: nn.Module, views: Sequence[Adapters]) -> Iterator[Route]:
+    """The model with every client's adapters attached; gives the function that says how many rows of a pass are whose."""
+    traits_of(model)                                            # tried before adapters are there, which need a route
+    with applied(model, joined(views, [])) as layers:
+        packed = Packed(layers, views, [{}] * len(views), "")
+        yield lambda rows: packed.route(rows, None)
+
+
+@contextlib.contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients while the block runs."""
     was_training = model.training
     model.eval()
-    total, right, tokens = 0.0, 0, 0
     try:
-        for group in length_batches(rows, batch_size):
-            batch = {name: t.to(device_of(model)) for name, t in collate(group, pad_id).items()}
-            if not bool((batch["labels"][:, 1:] != -100).any()):
-                continue
-            loss, good, count = completion_loss(model, batch)
-            total, right, tokens = total + float(loss), right + good, tokens + count
+        with torch.no_grad():
+            yield
     finally:
         model.train(was_training)
-    if tokens == 0:
-        raise DataError(f"expected rows with labelled tokens to evaluate on; got {len(rows)} rows without one")
+
+
+def _passes(model: nn.Module, rows: Sequence[Row], batch_size: int, pad_id: int, route: Callable[[Sequence[int], Batch], None],
+            ) -> Iterator[tuple[list[int], Batch, Tensor, Tensor]]:
+    """(indices of the rows of a pass, its batch, the losses and hits of its labelled tokens), pass by pass, rows of like length
+    together. route(indices, batch) is called before each."""
+    packs, device = traits_of(model).packs, device_of(model)
+    if batch_size < 1:
+        raise DataError(f"expected a batch size of at least 1; got {batch_size}")
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+    with _quiet(model), packable(model) if packs else contextlib.nullcontext():
+        for start in range(0, len(order), batch_size):
+            indices = sorted(order[start:start + batch_size])
+            batch = batch_of([rows[i] for i in indices], packs, pad_id).map(lambda t: t.to(device))
+            if len(batch.labels):
+                route(indices, batch)
+                with line(model, batch.lengths) if packs else contextlib.nullcontext():
+                    yield indices, batch, *token_losses(model, batch)
+
+
+def _measure(model: nn.Module, rows: Sequence[Sequence[Row]], batch_size: int, pad_id: int, route: Route | None,
+             on_rows: Callable[[int], None] | None = None) -> list[dict[str, float] | None]:
+    """Loss and accuracy of every client's rows; None for one without a labelled token."""
+    whose = [k for k, mine in enumerate(rows) for _ in mine]
+    flat = [row for mine in rows for row in mine]
+    total, right, tokens = ([0.0] * len(rows) for _ in range(3))
+
+    def send(indices: Sequence[int], batch: Batch) -> None:
+        spans = [0] * len(rows)
+        for i, span in zip(indices, batch.spans, strict=True):
+            spans[whose[i]] += span
+        if route is not None:
+            route(spans)
+
+    for indices, batch, losses, hits in _passes(model, flat, batch_size, pad_id, send):
+        found = torch.stack([sequence_sums(t.double(), batch) for t in (losses, hits)]).tolist()
+        for i, loss, good in zip(indices, *found, strict=True):
+            total[whose[i]] += loss
+            right[whose[i]] += good
+            tokens[whose[i]] += num_label_tokens([flat[i]])
+        if on_rows is not None:
+            on_rows(len(indices))
+    return [_summary(loss, good, count) if count else None for loss, good, count in zip(total, right, tokens, strict=True)]
+
+
+def _summary(total: float, right: float, tokens: float) -> dict[str, float]:
     loss = total / tokens
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": right / tokens, "tokens": tokens}
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": right / tokens, "tokens": int(tokens)}

@@ -143,12 +143,12 @@ class LoRALinear(nn.Module):
     """y = base(x) + ((dropout(x) Aᵀ) · scale) Bᵀ, without ΔW.
 
     base: nn.Linear, Conv1D or a quantised linear, its weight frozen here; A (rank, in) and B (out, rank) train; scale fp32
-    (rank,) does not. dtype: of A and B; None: fp32, or fp64 beside an fp64 weight. Raises TargetError for other modules.
-    arXiv 2106.09685.
+    (rank,) does not. dtype: of A and B; None: fp32, or fp64 beside an fp64 weight. adapter: starts from a copy of it, in the place
+    of a fresh one of this rank and alpha. Raises TargetError for other modules. arXiv 2106.09685.
     """
 
     def __init__(self, base: nn.Module, rank: int = 16, alpha: float = 32, dropout: float = 0.0,
-                 dtype: torch.dtype | None = None):
+                 dtype: torch.dtype | None = None, adapter: Adapter | None = None):
         super().__init__()
         self.opaque = is_opaque(base)
         if not (self.opaque or is_linear(base)):
@@ -163,9 +163,9 @@ class LoRALinear(nn.Module):
         self.shared: SharedInput | None = None
         held = next(itertools.chain(base.parameters(), base.buffers()))
         dtype = dtype or (torch.float64 if held.dtype == torch.float64 else torch.float32)
-        start = fresh(shape_of(base), rank, alpha, int(torch.randint(1 << 62, ()))).to(held.device, dtype)
-        self.A, self.B = nn.Parameter(start.A), nn.Parameter(start.B)
-        self.register_buffer("scale", start.scale)
+        start = adapter or fresh(shape_of(base), rank, alpha, int(torch.randint(1 << 62, ())))
+        self.A, self.B = (nn.Parameter(f.detach().to(held.device, dtype, copy=adapter is not None)) for f in (start.A, start.B))
+        self.register_buffer("scale", start.scale.detach().to(held.device, copy=adapter is not None))
 
     @property
     def weight(self) -> Tensor:

@@ -89,3 +89,9 @@ def check_memory_writable(written: Sequence[Tensor], what: Sequence[str]) -> Non
         before = bisect_left(starts, stop)
         check(name, not before or fixed[before - 1][1] <= start, "memory that can be written",
               "a tensor in a read-only mapping: clone it first, or keep the update beside the base (merge_into: adapter)")
+
+
+def gradient_like(B: Tensor) -> Tensor:
+    """An empty gradient of B, laid out as B is: its ranks outermost where B is a contiguous matrix turned, else contiguous."""
+    turned = B.T.is_contiguous() and not B.is_contiguous()
+    return B.new_empty(B.shape[::-1]).T if turned else B.new_empty(B.shape)

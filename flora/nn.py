@@ -59,17 +59,17 @@ def _wrap(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
 
 
 @contextlib.contextmanager
-def applied(model: nn.Module, adapters: Adapters, dropout: float = 0.0) -> Iterator[dict[str, LoRALinear]]:
-    """The model with exactly these adapters attached while the block runs, whatever their ranks and layers; then detached.
+def applied(model: nn.Module, adapters: Adapters, dropout: float = 0.0,
+            dtype: torch.dtype | None = None) -> Iterator[dict[str, LoRALinear]]:
+    """The model with copies of exactly these adapters attached while the block runs, of any ranks and layers; then detached.
 
-    Gives the attached layers by name. Raises TargetError for layers that do not exist or do not fit.
+    Gives the attached layers by name. dtype: of A and B, as in attach. Raises TargetError for layers that are not there or do not
+    fit.
     """
     if lora_layers(model):
         raise TargetError("adapters are attached to this model already. Call flora.detach(model) first.")
-    layers = {}
-    for name, base in bases_of(model, adapters).items():
-        layers[name] = LoRALinear(base, adapters[name].rank, dropout=dropout)
-        layers[name].load(adapters[name])
+    layers = {name: LoRALinear(base, dropout=dropout, dtype=dtype, adapter=adapters[name])
+              for name, base in bases_of(model, adapters).items()}
     try:
         _wrap(model, layers)
         yield layers

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from flora.checks import FLOATS, check, check_dtype, check_no_leaf, check_ranks, check_reverse, check_weight, check_writable
 from flora.library import LIB, implement
+from flora.memory import gradient_like
 from flora.merges import Rounding, add_many_, check_many, merge_, merge_many_, stack_
 from flora.segments import Frozen, HasRanks, Segments, frozen_operand, keys_of, row_keys, segments_of
 
@@ -39,8 +40,9 @@ def _(x, weights, biases, As, Bs, scales, frozen, row_offsets, rank_offsets, fro
 @torch.library.register_fake("flora::lora_linear_backward", lib=LIB)
 def _(dys, x, h, weights, As, Bs, scales, frozen, row_offsets, rank_offsets, frozen_ranges, widths, dropout, keys, needs):
     L, dy = len(As), dys[0]
-    grads = [t.new_empty(t.shape if need else 0) for t, need in zip([*As, *Bs], needs[1:], strict=True)]
-    return dy.new_empty((dy.shape[0], As[0].shape[1]) if needs[0] else 0), grads[:L], grads[L:]
+    dAs = [A.new_empty(A.shape if need else 0) for A, need in zip(As, needs[1:L + 1], strict=True)]
+    dBs = [gradient_like(B) if need else B.new_empty(0) for B, need in zip(Bs, needs[L + 1:], strict=True)]
+    return dy.new_empty((dy.shape[0], As[0].shape[1]) if needs[0] else 0), dAs, dBs
 
 
 @torch.library.register_fake("flora::lora_add_", lib=LIB)

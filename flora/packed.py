@@ -4,7 +4,7 @@ Rows of a batch are routed to their client's ranks by offsets (ops.Segments), so
 them and every gradient is its client's own. B is stored with its ranks outermost, as A is: a client's part of either factor, and of
 its gradient, is one piece of memory, which that client's optimiser and clipping work on alone.
 """
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 
 import torch
@@ -14,23 +14,29 @@ from flora import ops
 from flora.adapter import Adapter, Adapters, all_layers, stack
 from flora.layer import LoRALinear, Routing
 
+MOST_RANKS, MOST_CLIENTS = 1024, 256                            # what a kernel takes
+
 
 class Packed:
     """Clients' adapters on the layers that nn.applied attached for `joined(starts)`.
 
     starts: each client's adapters by layer (a client may lack a layer); asleep: ranks that each client sees and does not train;
-    train: "AB", "A" or "B". parameters[k]: client k's own factors, with gradients of their own.
+    train: which factors train, "AB", "A", "B", or "" for none. parameters[k]: client k's own factors; after `take_gradients`
+    their gradients are its own.
     """
 
     def __init__(self, layers: Mapping[str, LoRALinear], starts: Sequence[Adapters], asleep: Sequence[Adapters], train: str):
         self.layers, self.count = layers, len(starts)
         self.parameters: list[list[Tensor]] = [[] for _ in starts]
+        self._places: list[list[tuple[Tensor, bool, int, int]]] = [[] for _ in starts]      # of each parameter: in which factor
         self._parts: list[dict[str, tuple[int, int]]] = [{} for _ in starts]
         self._routings: dict[tuple[int, ...], Routing] = {}
         self._ranges: dict[tuple[tuple[int, int], ...], Tensor] = {}
+        self._trained: dict[str, list[Tensor]] = {}
         for name, layer in layers.items():
             self._pack(name, layer, starts, train)
             layer.frozen = self._frozen(name, layer, asleep)
+        self._alike = len(set(map(frozenset, self._parts))) == 1
 
     def _pack(self, name: str, layer: LoRALinear, starts: Sequence[Adapters], train: str) -> None:
         ranks = [start[name].rank if name in start else 0 for start in starts]
@@ -39,21 +45,21 @@ class Packed:
             ranks[0] = layer.A.shape[0]                       # a rank of zeros that nobody trains stands for none
             layer.dropout = 0.0
         offsets = [0, *accumulate(ranks)]
-        layer.B = nn.Parameter(layer.B.detach().T.contiguous().T)
+        if not layer.B.T.is_contiguous():
+            layer.B = nn.Parameter(layer.B.detach().T.contiguous().T)
         layer.routing = self._routings.setdefault(tuple(offsets), Routing())
-        for factor, letter in ((layer.A, "A"), (layer.B, "B")):
-            factor.requires_grad_(trains and letter in train)
-            if factor.requires_grad:
-                factor.grad = torch.zeros_like(factor)
+        factors = [(layer.A, False, "A" in train), (layer.B, True, "B" in train)]
+        for factor, _, wanted in factors:
+            factor.requires_grad_(trains and wanted)
+        self._trained[name] = [factor for factor, _, _ in factors if factor.requires_grad]
         for k, (first, last) in enumerate(pairwise(offsets)):
             if not trains or first == last:
                 continue
             self._parts[k][name] = (first, last)
-            for factor, turned in ((layer.A, False), (layer.B, True)):
+            for factor, turned, _ in factors:
                 if factor.requires_grad:
-                    own = (factor.detach().T if turned else factor.detach())[first:last]
-                    own.grad = (factor.grad.T if turned else factor.grad)[first:last]
-                    self.parameters[k].append(own)
+                    self.parameters[k].append((factor.detach().T if turned else factor.detach())[first:last])
+                    self._places[k].append((factor, turned, first, last))
 
     def _frozen(self, name: str, layer: LoRALinear, asleep: Sequence[Adapters]) -> ops.Frozen | None:
         """What clients see of this layer and do not train, each distinct adapter once."""
@@ -75,16 +81,30 @@ class Packed:
         return frozen
 
     def route(self, rows: Sequence[int], keys: Tensor | None) -> None:
-        """Says whose the rows of the next pass are: so many of each client, in order. keys: int64 (rows,), for dropout."""
+        """Says whose the rows of the next pass are: so many of each client, in order. keys: int64 (rows,), for dropout.
+
+        Layers that none of these clients trains take no part in the backward pass: it ends at the lowest one that some do.
+        """
         row_offsets = [0, *accumulate(rows)]
         for rank_offsets, routing in self._routings.items():
             routing.segments, routing.row_keys = ops.Segments(row_offsets, rank_offsets), keys
+        if not self._alike:
+            here = {name for k, count in enumerate(rows) if count for name in self._parts[k]}
+            for name, factors in self._trained.items():
+                for factor in factors:
+                    factor.requires_grad_(name in here)
 
     def zero_grad(self) -> None:
-        for layer in self.layers.values():
-            for factor in (layer.A, layer.B):
-                if factor.grad is not None:
-                    factor.grad.zero_()
+        """No gradients: the next pass's are taken as they come, later ones are added to them."""
+        for factors in self._trained.values():
+            for factor in factors:
+                factor.grad = None
+
+    def take_gradients(self, k: int) -> None:
+        """Gives client k's parameters their parts of the gradients."""
+        for own, (factor, turned, first, last) in zip(self.parameters[k], self._places[k], strict=True):
+            whole = factor.grad
+            own.grad = None if whole is None else (whole.T if turned else whole)[first:last]
 
     def adapters(self, k: int) -> dict[str, Adapter]:
         """Client k's adapters as they are now: copies on the CPU."""
@@ -98,12 +118,28 @@ class Packed:
 
 
 def joined(starts: Sequence[Adapters], asleep: Sequence[Adapters]) -> dict[str, Adapter]:
-    """One adapter a layer that holds all clients' ranks in order; a rank of zeros where nobody trains what somebody sees."""
+    """One adapter a layer that holds all clients' ranks in order, B with its ranks outermost; a rank of zeros where nobody trains
+    what somebody sees."""
     out = {}
     for name in all_layers([*starts, *asleep]):
         have = [start[name] for start in starts if name in start]
         if not have:
             a = next(one[name] for one in asleep if name in one)
             have = [Adapter(torch.zeros(1, a.A.shape[1]), torch.zeros(a.B.shape[0], 1), 1.0)]
-        out[name] = stack(have)
+        out[name] = Adapter(torch.cat([a.A for a in have]), torch.cat([a.B.T for a in have]).T, torch.cat([a.scale for a in have]))
     return out
+
+
+def together(adapters: Mapping[str, Adapters]) -> Iterator[list[str]]:
+    """Names of clients whose adapters one kernel takes at once, in order."""
+    group: list[str] = []
+    total = 0
+    for name, own in adapters.items():
+        rank = max((a.rank for a in own.values()), default=0)
+        if group and (len(group) == MOST_CLIENTS or total + rank > MOST_RANKS):
+            yield group
+            group, total = [], 0
+        group.append(name)
+        total += rank
+    if group:
+        yield group

@@ -1,6 +1,5 @@
 """What a run says: rows in metrics.jsonl as they come, progress while it works, and one table at the end."""
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -8,7 +7,7 @@ from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from flora.checkpoint import disk_errors
@@ -51,7 +50,7 @@ class Report:
                                  TimeRemainingColumn(), console=self.console, transient=True, disable=quiet)
         self._rounds = self.progress.add_task("rounds", total=rounds, completed=first)
         self._clients = self.progress.add_task("clients", total=None, visible=False)
-        self._steps = self.progress.add_task("steps", total=None, visible=False)
+        self._steps: dict[str, TaskID] = {}
 
     def __enter__(self) -> "Report":
         self.progress.start()
@@ -71,18 +70,26 @@ class Report:
         with disk_errors(self.folder), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def start_clients(self, what: str, count: int) -> None:
+    def start(self, what: str, count: int) -> None:
+        """Begins a phase of the round: so many clients to train, or rows to evaluate."""
+        self._what = what
+        for task in self._steps.values():                       # clients that failed
+            self.progress.remove_task(task)
+        self._steps.clear()
         self.progress.update(self._clients, description=what, total=count, completed=0, visible=True)
 
-    def client_done(self) -> None:
-        self.progress.advance(self._clients)
+    def advance(self, count: int = 1) -> None:
+        self.progress.advance(self._clients, count)
 
-    def on_step(self, client: str, step: int, steps: int, loss: float) -> None:
-        """Shows a client's step; Cohort.fit calls it."""
-        self.progress.update(self._steps, description=f"  {client[:16]:<16} loss {loss:.3f}", total=steps, completed=step,
-                             visible=step < steps)
+    def on_step(self, client: str, step: int, steps: int, loss: float, tokens_per_second: float) -> None:
+        """Shows the clients that train, a line each, and the tokens a second of all together."""
+        if client not in self._steps:
+            self._steps[client] = self.progress.add_task("", total=steps)
+        self.progress.update(self._steps[client], description=f"  {client[:16]:<16} loss {loss:.3f}", completed=step)
+        self.progress.update(self._clients, description=f"{self._what}, {tokens_per_second:,.0f} tokens/s")
         if step == steps:
-            self.client_done()
+            self.progress.remove_task(self._steps.pop(client))
+            self.advance()
 
     def round_done(self) -> None:
         self.progress.advance(self._rounds)
@@ -96,15 +103,16 @@ class Report:
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
     """Two rich tables of a run's rows: the server by round; the clients by rank, before their first and after their last round."""
     server = Table(title="global model, held-out completions", title_justify="left", box=SIMPLE)
-    for name in ("rounds", "loss", "perplexity", "accuracy", "MB up", "MB down", "seconds"):
+    for name in ("rounds", "loss", "perplexity", "accuracy", "MB up", "MB down", "tokens/s", "seconds"):
         server.add_column(name, justify="right")
     for row in (row for row in rows if row["kind"] == "server"):
         server.add_row(str(row["rounds_done"]), _number(row["eval_loss"]), f"{row['eval_perplexity']:.2f}",
                        f"{row['eval_accuracy']:.1%}", _megabytes(row["bytes_up"]), _megabytes(row["bytes_down"]),
+                       f"{rate:.0f}" if (rate := row.get("tokens_per_second")) else "–",
                        f"{sum(row['seconds'].values()):.1f}")
     clients = Table(title="clients, loss on their own held-out completions before and after", title_justify="left", box=SIMPLE)
     clients.add_column("client", max_width=10, no_wrap=True)
-    for name in ("rank", "rows", "before", "after", "MB up", "MB down", "tok/s", "s"):
+    for name in ("rank", "rows", "before", "after", "MB up", "MB down", "s"):
         clients.add_column(name, justify="right")
     names = list(dict.fromkeys(row["client"] for row in rows if row["kind"] == "client"))
     for name in names:
@@ -112,7 +120,6 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
         clients.add_row(name, str(mine[0]["rank"]), str(mine[0]["num_examples"]), _number(mine[0]["eval_loss_before"]),
                         _number(mine[-1]["eval_loss_after"]), _megabytes(sum(r["bytes_up"] for r in mine)),
                         _megabytes(sum(r["bytes_down"] for r in mine)),
-                        f"{statistics.median(r['tokens_per_second'] for r in mine):.0f}",
                         f"{sum(sum(r['seconds'].values()) for r in mine):.1f}")
     failed = [row for row in rows if row["kind"] == "failure"]
     if failed:

@@ -5,8 +5,11 @@ from tiny import TARGETS, adapter, llama, near, token_rows
 
 import flora
 from flora import Broadcast, Cohort, LocalClient, TrainConfig
-from flora.cohort import _groups, _Place, passes
+from flora.cohort import groups
+from flora.losses import CausalLM
+from flora.member import Member
 from flora.nn import target_shapes
+from flora.steps import Place, passes
 
 RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
 SHAPES = target_shapes(llama(), TARGETS)
@@ -77,17 +80,35 @@ def test_clients_that_finish_leave_the_batch():
 
 def test_one_forward_pass_serves_all():
     model, calls = llama(), []
-    model.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs["input_ids"].shape[0]), with_kwargs=True)
     rows = [{"input_ids": [4, 5, 6, 7], "labels": [4, 5, 6, 7]}] * 4
     clients = [LocalClient(f"c{k}", rows, 2, 4) for k in range(5)]
-    Cohort(model, clients, TrainConfig(1e-3, max_steps=3, per_device_train_batch_size=2), TARGETS).fit(Broadcast())
-    assert calls == [10, 10, 10]
+    config = TrainConfig(1e-3, max_steps=3, per_device_train_batch_size=2)
+    Cohort(model, clients, config, TARGETS).fit(Broadcast())                        # measures memory and traits, once a model
+    model.model.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs["input_ids"].shape), with_kwargs=True)
+    Cohort(model, clients, config, TARGETS).fit(Broadcast())
+    assert calls == [(1, 40)] * 3
+
+
+def member_of(rank, depth=0, steps=1, tokens=1, k=0):
+    start = {"x": adapter(rank, (4, 3), 1)}
+    return Member(LocalClient(f"c{k}", [1], rank), start, {}, iter(()), steps, 1e-3, 0, depth, tokens)
+
+
+def test_clients_whose_steps_one_pass_holds_train_together():
+    def ranks(members, budget=512, memory=float("inf")):
+        return [[m.client.rank for m in group] for group in groups(members, budget, memory)]
+
+    assert ranks([member_of(r) for r in (600, 500, 500, 1, 2000, 3)]) == [[600], [500, 500, 1], [2000], [3]]
+    assert [len(g) for g in ranks([member_of(1)] * 600)] == [256, 256, 88]
+    assert ranks([member_of(r, tokens=200) for r in range(1, 6)]) == [[1, 2], [3, 4], [5]]
+    assert ranks([member_of(r, tokens=100) for r in range(1, 7)]) == [[1, 2, 3], [4, 5, 6]]       # not five and one
+    assert ranks([member_of(r, tokens=900) for r in (1, 2)]) == [[1], [2]]
+    assert ranks([member_of(r, depth, tokens=200) for r, depth in ((1, 3), (2, 0), (3, 3), (4, 0))]) == [[2, 4], [1, 3]]
+    assert ranks([member_of(r, 0, steps, 200) for r, steps in ((1, 9), (2, 2), (3, 9), (4, 2))]) == [[2, 4], [1, 3]]
+    assert ranks([member_of(4)] * 4, memory=2 * 2 * 16 * 4 * 7) == [[4, 4], [4, 4]]
 
 
 def test_more_ranks_than_a_kernel_takes_train_in_groups():
-    members = [type("M", (), {"client": LocalClient(f"c{k}", [1], rank)})() for k, rank in enumerate([600, 500, 500, 1, 2000, 3])]
-    assert [[m.client.rank for m in group] for group in _groups(members)] == [[600], [500, 500, 1], [2000], [3]]
-    assert [len(group) for group in _groups(members[3:4] * 600)] == [256, 256, 88]
     model = llama(dtype=torch.float64)
     clients = [LocalClient(f"c{k}", token_rows(3, seed=k), rank, 8) for k, rank in enumerate((700, 2, 700))]
     config = TrainConfig(1e-3, max_steps=2, per_device_train_batch_size=2)
@@ -97,16 +118,22 @@ def test_more_ranks_than_a_kernel_takes_train_in_groups():
 
 
 def test_passes_hold_every_row_once_within_the_budget_and_little_padding():
-    places = [_Place(k % 7, k, {"input_ids": [1] * (1 + (k * 37) % 200)}) for k in range(300)]
+    places = [Place(k % 7, k, {}, (1 + (k * 37) % 200,), k % 7 // 5) for k in range(300)]
     for budget in (1, 300, 2048):
-        cut = list(passes(places, budget))
-        assert sorted(p.sequence for part in cut for p in part) == list(range(300))
-        for part in cut:
-            assert [p.client for p in part] == sorted(p.client for p in part)
-            padded = len(part) * max(len(p.row["input_ids"]) for p in part)
-            used = sum(len(p.row["input_ids"]) for p in part)
-            assert len(part) == 1 or padded <= budget
-            assert used >= 0.7 * padded or padded <= 512
+        for packed in (True, False):
+            cut = list(passes(places, budget, packed))
+            assert sorted(p.sequence for part in cut for p in part) == list(range(300))
+            for part in cut:
+                assert [p.client for p in part] == sorted(p.client for p in part) and len({p.depth for p in part}) == 1
+                used = sum(p.tokens for p in part)
+                padded = used if packed else len(part) * max(p.tokens for p in part)
+                assert len(part) == 1 or padded <= budget
+                assert used >= 0.7 * padded or padded <= 512
+            if packed and budget > 200:
+                for depth in (0, 1):
+                    sizes = [sum(p.tokens for p in part) for part in cut if part[0].depth == depth]
+                    assert max(sizes) - min(sizes[:-1]) <= 200 and len(sizes) <= 1.5 * sum(sizes) / budget + 2       # of like size
+                assert sum(len({p.client for p in part}) for part in cut) <= 7 + len(cut)     # a client in as few as can be
 
 
 def test_a_nan_in_one_client_stays_there(monkeypatch):
@@ -124,30 +151,29 @@ def test_a_nan_in_one_client_stays_there(monkeypatch):
 
 
 def test_out_of_memory_halves_the_pass_and_takes_the_step_again(monkeypatch, caplog):
-    from flora import cohort as module
-    model, real, seen = llama(dtype=torch.float64), module.sequence_losses, []
+    model, real, seen = llama(dtype=torch.float64), CausalLM.__call__, []
     clients = [LocalClient(f"c{k}", token_rows(4, seed=k), 4, 8) for k in range(4)]
     config = TrainConfig(1e-2, max_steps=3, per_device_train_batch_size=3)
     expected = Cohort(model, clients, config, TARGETS).fit(Broadcast())
 
-    def small(model, batch):
-        seen.append(batch["input_ids"].numel())
-        if batch["input_ids"].numel() > 60:
+    def small(self, model, batch):
+        seen.append(batch.input_ids.numel())
+        if batch.input_ids.numel() > 60:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return real(model, batch)
+        return real(self, model, batch)
 
-    monkeypatch.setattr(module, "sequence_losses", small)
+    monkeypatch.setattr(CausalLM, "__call__", small)
     got = Cohort(model, clients, config, TARGETS).fit(Broadcast())
     assert max(seen) > 60 and sum(n > 60 for n in seen) < 8 and "from now on" in caplog.text
     assert all(near(a.adapters, b.adapters) for a, b in zip(got, expected, strict=True))
-    monkeypatch.setattr(module, "sequence_losses", lambda model, batch: 1 / 0)
+    monkeypatch.setattr(CausalLM, "__call__", lambda self, model, batch: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         Cohort(model, clients, config, TARGETS).fit(Broadcast())
 
-    def never(model, batch):
+    def never(self, model, batch):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
 
-    monkeypatch.setattr(module, "sequence_losses", never)
+    monkeypatch.setattr(CausalLM, "__call__", never)
     with pytest.raises(RuntimeError, match="can't allocate"):
         Cohort(model, clients, config, TARGETS).fit(Broadcast())
     assert flora.nn.lora_layers(model) == {}

@@ -5,8 +5,8 @@ from tiny import TARGETS, adapter, dense, llama, near, same, token_rows
 
 import flora
 from flora import Adapter, Broadcast, Cohort, LocalClient, TrainConfig
-from flora.cohort import starting_adapters
 from flora.errors import TargetError
+from flora.member import starting_adapters
 from flora.nn import lora_layers, target_shapes
 
 SHAPES = target_shapes(llama(), TARGETS)

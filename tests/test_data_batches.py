@@ -82,9 +82,24 @@ def test_batches_without_labels_are_left_out():
         data.training_steps(token_rows(2), 0, 1, shuffle=True, seed=0)
 
 
-def test_evaluation_batches_go_by_length():
-    rows = token_rows(3, 5, 3, 9, 5)
-    assert names(data.length_batches(rows, 2)) == [[3, 1], [4, 0], [2]]
-    assert data.length_batches([], 2) == []
-    with pytest.raises(DataError):
-        data.length_batches(rows, 0)
+def test_a_packed_batch_is_the_padded_one_without_its_padding():
+    rows = [{"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}, {"input_ids": [6], "labels": [6]},
+            {"input_ids": [7, 8, 9, 2], "labels": [7, -100, 9, -100]}]
+    packed, padded = data.batch_of(rows, True), data.batch_of(rows, False, pad_id=1)
+    assert packed.input_ids.tolist() == [[3, 4, 5, 6, 7, 8, 9, 2]] and packed.position_ids.tolist() == [[0, 1, 2, 0, 0, 1, 2, 3]]
+    assert padded.input_ids.tolist() == [[3, 4, 5, 1], [6, 1, 1, 1], [7, 8, 9, 2]]
+    assert set(packed.inputs()) == {"input_ids", "position_ids"} and set(padded.inputs()) == {"input_ids", "attention_mask"}
+    assert (packed.lengths, packed.spans, padded.lengths, padded.spans) == ([3, 1, 4], [3, 1, 4], [4] * 3, [4] * 3)
+    for batch in (packed, padded):
+        assert batch.labels.tolist() == [4, 5, 9] and batch.owners.tolist() == [0, 0, 2]
+        assert batch.input_ids.flatten()[batch.positions].tolist() == [3, 4, 8]         # the tokens that predict them
+    assert packed.positions.tolist() == [0, 1, 5] and padded.positions.tolist() == [0, 1, 9]
+
+
+def test_a_row_may_put_several_sequences_into_a_batch():
+    rows = [{"pair": ([3, 4], [5, 6, 7])}, {"pair": ([8], [9, 2])}]
+    batch = data.batch_of(rows, True, sequences=lambda row: [{"input_ids": ids, "labels": ids} for ids in row["pair"]])
+    assert (batch.counts, batch.lengths, batch.spans) == ([2, 2], [2, 3, 1, 2], [5, 3])
+    assert batch.owners.tolist() == [0, 1, 1, 3] and batch.rows is rows
+    moved = batch.map(lambda t: t + 1)
+    assert moved.labels.tolist() == [5, 7, 8, 3] and moved.attention_mask is None and moved.lengths == batch.lengths

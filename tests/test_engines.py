@@ -200,7 +200,8 @@ def test_bad_input_is_refused_and_the_same_folder_can_be_used_again(place, chang
 
 def test_every_setting_of_training_reaches_the_clients(place):
     given = {"learning_rate": 0.5, "max_steps": 7, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "seed": 9,
-             "max_grad_norm": 0.25, "weight_decay": 0.125, "warmup_steps": 1, "lr_scheduler_type": "linear", "lora_dropout": 0.5}
+             "max_grad_norm": 0.25, "weight_decay": 0.125, "warmup_steps": 1, "lr_scheduler_type": "linear", "lora_dropout": 0.5,
+             "gradient_checkpointing": True, "adapter_dtype": "bfloat16"}
     job = prepare(flora.config.parse(settings(place, "x", **given, max_examples_per_client=5)), lambda text: None)
     assert {name: getattr(job.train_config, name) for name in given} == given and job.train_config.pad_token_id == 0
     assert [(c.rank, c.alpha, len(c.rows)) for c in job.clients] == [(8, 16, 5), (4, 4, 5), (2, 8, 5), (1, 1, 5)]

@@ -36,13 +36,13 @@ def stop_at(monkeypatch, number, error=KeyboardInterrupt):
     """Raises at the second step of a round, when some clients have done it and others not."""
     seen, step_before = {"rounds": 0, "last": 0, "second": 0}, Report.on_step
 
-    def on_step(self, client, step, steps, loss):
+    def on_step(self, client, step, steps, loss, *rate):
         seen["rounds"] += step == 1 and seen["last"] != 1
         seen["last"] = step
         seen["second"] += seen["rounds"] == number + 1 and step == 2
         if seen["second"] == 2:
             raise error
-        step_before(self, client, step, steps, loss)
+        step_before(self, client, step, steps, loss, *rate)
 
     monkeypatch.setattr(Report, "on_step", on_step)
 
@@ -157,10 +157,10 @@ import resource, sys
 import flora
 from flora.report import Report
 step = Report.on_step
-def on_step(self, client, number, steps, loss):
+def on_step(self, client, number, steps, loss, *rate):
     if len(self.rows) > 5:                                      # round 1
         resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
-    step(self, client, number, steps, loss)
+    step(self, client, number, steps, loss, *rate)
 Report.on_step = on_step
 from flora.cli import main
 sys.exit(main(["run", sys.argv[1]]))

@@ -1,5 +1,6 @@
 """Evaluation against transformers' own loss, row by row, and the promise that it changes nothing."""
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -7,8 +8,12 @@ from tiny import TARGETS, llama, token_rows
 from torch import nn
 
 import flora
+from flora import packing
+from flora.data import batch_of
 from flora.errors import DataError
-from flora.evaluate import completion_loss, evaluate, labelled_logits
+from flora.evaluate import evaluate
+from flora.losses import token_losses
+from flora.packing import line, packable
 
 ROWS = token_rows(11, seed=3)
 
@@ -105,31 +110,31 @@ def test_a_model_without_logits_to_keep_gives_the_same():
 
 def test_only_columns_with_a_label_are_computed(monkeypatch):
     model, widths = llama(), []
-    model.lm_head.register_forward_hook(lambda _m, args, _out: widths.append(args[0].shape[1]))
     rows = [{"input_ids": list(range(2, 12)), "labels": [-100] * 7 + [9, 10, 11]}] * 2
+    evaluate(model, rows, 2)                                    # the model is tried first, with all its logits
+    model.lm_head.register_forward_hook(lambda _m, args, _out: widths.append(args[0].shape[1]))
     evaluate(model, rows, 2)
-    assert widths == [3]
+    assert widths == []                                         # the loss is taken past the head, in chunks
+    monkeypatch.setitem(packing._traits, model, packing.Traits(True, False))
+    evaluate(model, rows, 2)
+    monkeypatch.setitem(packing._traits, model, packing.Traits(False, False))
+    evaluate(model, rows, 2)
+    assert widths == [6, 3]                                     # two packed rows of three; three columns of two rows
 
 
-def test_labelled_logits_pairs_each_label_with_the_position_before_it():
-    model = llama().eval()
-    labels = torch.tensor([[-100, -100, 8, 9], [-100, 5, -100, -100]])
-    batch = {"input_ids": torch.tensor([[6, 7, 8, 9], [4, 5, 0, 0]]), "labels": labels,
-             "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])}
-    logits, got = labelled_logits(model, batch)
-    every = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    assert got.tolist() == [8, 9, 5]
-    assert torch.allclose(logits, torch.stack([every[0, 1], every[0, 2], every[1, 0]]), rtol=0, atol=1e-6)  # fp32, |logit| ~ 1
-
-
-def test_the_loss_is_taken_in_fp32_of_a_bf16_model():
-    model = llama(dtype=torch.bfloat16)
-    batch = {"input_ids": torch.tensor([[6, 7, 8]]), "labels": torch.tensor([[6, 7, 8]]), "attention_mask": torch.ones(1, 3).long()}
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_loss_is_taken_in_fp32_of_a_bf16_model(packed):
+    model = llama(dtype=torch.bfloat16).eval()
+    rows = [{"input_ids": [6, 7, 8], "labels": [6, 7, 8]}, {"input_ids": [9, 3], "labels": [-100, 3]}]
+    batch = batch_of(rows, packed)
     with torch.no_grad():
-        loss, right, count = completion_loss(model, batch)
-        logits = model(input_ids=batch["input_ids"]).logits[0, :2].float()
-    assert loss.dtype == torch.float32 and count == 2 and right == int((logits.argmax(-1) == torch.tensor([7, 8])).sum())
-    assert torch.equal(loss, nn.functional.cross_entropy(logits, torch.tensor([7, 8]), reduction="sum"))
+        with packable(model) if packed else nullcontext(), line(model, batch.lengths) if packed else nullcontext():
+            losses, right = token_losses(model, batch)
+        logits = torch.cat([model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].float() for row in rows])
+    labels = torch.tensor([7, 8, 3])
+    exact = nn.functional.cross_entropy(logits.double(), labels, reduction="none")
+    assert losses.dtype == torch.float32 and right.tolist() == (logits.argmax(-1) == labels).tolist()
+    assert float((losses - exact).norm() / exact.norm()) < 1e-6         # of the same bf16 logits: rounded once
 
 
 def test_a_loss_that_overflows_is_still_a_number():

@@ -8,12 +8,12 @@ import pytest
 from tiny import ROOT
 
 LAYERS = [
-    ["seeds", "files", "errors", "config"], ["checks"], ["segments", "memory"],
+    ["seeds", "files", "errors", "config", "allocator"], ["checks"], ["segments", "memory"],
     ["kernels.reference", "kernels.native", "kernels.triton"], ["kernels"], ["library"], ["merges"], ["ops"],
     ["adapter"],
     ["layer"], ["shared"], ["targets"],
-    ["nn"], ["packed"], ["messages"], ["versions"], ["formats"], ["strategies"], ["data"], ["evaluate"], ["client"],
-    ["cohort"], ["group"], ["stream"], ["server"],
+    ["nn"], ["packed"], ["messages"], ["versions"], ["formats"], ["strategies"], ["data"], ["packing"], ["losses"], ["evaluate"],
+    ["client", "clock", "budget"], ["steps"], ["member"], ["loop"], ["cohort"], ["group"], ["stream"], ["server"],
     ["checkpoint"], ["report"], ["engines.prepare"], ["engines.local", "engines.flower", "engines.nvflare"], ["engines"],
     ["integrations"], ["doctor", "tuning", "shards"], ["cli"]]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

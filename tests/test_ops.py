@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracles import FLOATS, RANKS, SHAPES, Case, check, check_case
 
-from flora import ops
+from flora import kernels, ops
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 # (x, weight, factors)
@@ -140,6 +140,20 @@ def test_any_strides(layout, packed):
     case.scale = spread(case.scale[:, None])[:, 0]
     frozen = ops.Frozen(layout(case.frozen.A), layout(case.frozen.B), case.frozen.scale)
     check_case(case, flora_linear(case, frozen=frozen))
+
+
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
+def test_the_gradient_of_B_lies_as_B_does(backend):
+    """Ranks outermost where B's are: so autograd keeps the gradient as it comes, and a client's part of it is one piece."""
+    if (why := kernels._load(backend)[1]):
+        pytest.skip(f"the layout of {backend}'s dB is not tested: {why}")
+    for B in (torch.randn(7, 5), torch.randn(5, 7).T, spread(torch.randn(7, 5)), torch.randn(1, 5), torch.randn(5, 1)):
+        B = B.requires_grad_()
+        A, x = torch.randn(B.shape[1], 6, requires_grad=True), torch.randn(20, 6)
+        with kernels.use(backend):
+            ops.lora_linear(x, torch.randn(B.shape[0], 6), A, B, torch.ones(B.shape[1])).sum().backward()
+        turned = B.T.is_contiguous() and not B.is_contiguous()
+        assert B.grad.stride() == (B.stride() if turned else B.grad.contiguous().stride()) and A.grad.is_contiguous()
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -33,8 +33,10 @@ def operator_arguments(case):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_opcheck_of_lora_linear(kind):
+@pytest.mark.parametrize("turned", [False, True])
+def test_opcheck_of_lora_linear(kind, turned):
     case = make(kind)
+    case.B = case.B.T.contiguous().T if turned else case.B
     forward, backward = operator_arguments(case)
     torch.library.opcheck(torch.ops.flora.lora_linear.default, forward)
     for needs in ([True, True, True], [True, False, False], [False, False, True]):

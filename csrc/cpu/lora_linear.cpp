@@ -363,8 +363,11 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_linear_backwar
   std::vector<Tensor> dAs, dBs;
   int64_t width = 0;
   bool any_A = false, any_B = false;
-  const auto grad = [](const Tensor& t, bool need) {
-    return need ? torch::stable::new_empty(t, {t.size(0), t.size(1)}) : torch::stable::new_empty(t, {0});
+  const auto grad = [](const Tensor& t, bool need, bool as_laid_out) {
+    if (!need) return torch::stable::new_empty(t, {0});
+    const bool turned = as_laid_out && t.stride(0) == 1 && t.stride(1) == t.size(0) && !t.is_contiguous();
+    if (!turned) return torch::stable::new_empty(t, {t.size(0), t.size(1)});
+    return torch::stable::transpose(torch::stable::new_empty(t, {t.size(1), t.size(0)}), 0, 1);
   };
   for (size_t i = 0; i < L; ++i) {
     check_cpu_float(As[i], 2, op, "A (R, in)");
@@ -372,8 +375,8 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_linear_backwar
     check_matrix(dys[i], M, Bs[i].size(0), op, "dy (M, out)");
     check(dys[i].scalar_type() == dy.scalar_type(), op, ": expected every dy in ", name(dy.scalar_type()));
     if (!weights.empty()) check_matrix(weights[i], Bs[i].size(0), K, op, "weight (out, in)");
-    dAs.push_back(grad(As[i], needs[1 + i]));
-    dBs.push_back(grad(Bs[i], needs[1 + L + i]));
+    dAs.push_back(grad(As[i], needs[1 + i], false));
+    dBs.push_back(grad(Bs[i], needs[1 + L + i], true));
     width += widths[i];
     any_A |= needs[1 + i], any_B |= needs[1 + L + i];
   }

@@ -14,7 +14,7 @@ from flora.data.partition import Partition, partition
 from flora.data.splits import Splits, split
 from flora.data.templates import tokenize, tokenize_rows
 
-_BATCHES = ("collate", "epoch_order", "length_batches", "num_label_tokens", "steps_per_epoch", "training_steps")
+_BATCHES = ("batch_of", "collate", "epoch_order", "num_label_tokens", "steps_per_epoch", "training_steps")
 
 __all__ = [
     "SOURCES", "Partition", "Splits", "cache_folder", "cached", "fetch", "load_model", "load_rows", "load_tokenizer",

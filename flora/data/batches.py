@@ -5,10 +5,12 @@ epoch's last batch may be short, and its last step may have fewer batches.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flora.errors import DataError
 from flora.seeds import derive
@@ -43,6 +45,65 @@ def collate(rows: Sequence[Row], pad_id: int = 0) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Rows as a model takes them: sequences one after another in one line (packed), or one a line, padded on the right.
+
+    rows: what it was made of; counts: sequences of each row; input_ids int64 (1, tokens) or (sequences, length);
+    position_ids: packed only; attention_mask: padded only; lengths: tokens of each sequence; spans: places that each row
+    takes in the model, padding included. positions, labels, owners: int64 (labelled,): the places in the flattened input that
+    predict a label, the labels, and whose sequence they are in.
+    """
+    rows: Sequence[Row]
+    counts: Sequence[int]
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+    lengths: Sequence[int]
+    spans: Sequence[int]
+    positions: Tensor
+    labels: Tensor
+    owners: Tensor
+
+    @property
+    def packed(self) -> bool:
+        return self.position_ids is not None
+
+    def inputs(self) -> dict[str, Tensor]:
+        """What the model's forward takes."""
+        named = {"attention_mask": self.attention_mask, "position_ids": self.position_ids}
+        return {"input_ids": self.input_ids, **{name: t for name, t in named.items() if t is not None}}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same with every tensor changed: moved to a device, pinned."""
+        tensors = {f.name: change(t) for f in fields(self) if isinstance(t := getattr(self, f.name), Tensor)}
+        return replace(self, **tensors)
+
+
+def batch_of(rows: Sequence[Row], packed: bool, pad_id: int = 0, sequences: Callable[[Row], Sequence[Row]] | None = None) -> Batch:
+    """A batch of rows; sequences(row): what a row puts into it (default: itself). Raises DataError as collate does."""
+    parts = [list(sequences(row)) if sequences else [row] for row in rows]
+    flat = [one for part in parts for one in part]
+    padded = collate(flat, pad_id)
+    ids, labels, mask = padded["input_ids"], padded["labels"], padded["attention_mask"].bool()
+    lengths = [len(one["input_ids"]) for one in flat]
+    predicts = torch.zeros_like(mask)
+    predicts[:, :-1] = labels[:, 1:] != IGNORED
+    owners, columns = predicts.nonzero(as_tuple=True)
+    wanted = labels[owners, columns + 1]
+    counts = [len(part) for part in parts]
+    if packed:
+        starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+        position_ids = torch.arange(ids.shape[1]).expand_as(ids)[mask][None]
+        where = starts[owners] + columns
+    else:
+        position_ids, where, lengths = None, owners * ids.shape[1] + columns, [ids.shape[1]] * len(flat)
+    each = iter(lengths)
+    spans = [sum(next(each) for _ in range(count)) for count in counts]
+    return Batch(rows, counts, ids[mask][None] if packed else ids, None if packed else padded["attention_mask"], position_ids,
+                 lengths, spans, where, wanted, owners)
+
+
 def epoch_order(num_rows: int, seed: int, *key: int | str) -> list[int]:
     """Return a permutation of the rows that depends on the seed and the key alone, in any process."""
     generator = torch.Generator().manual_seed(derive(seed, "order", *key))
@@ -50,17 +111,19 @@ def epoch_order(num_rows: int, seed: int, *key: int | str) -> list[int]:
 
 
 def training_steps(
-    rows: Sequence[Row], batch_size: int, accumulation: int, shuffle: bool, seed: int, key: Sequence[int | str] = ()
+    rows: Sequence[Row], batch_size: int, accumulation: int, shuffle: bool, seed: int, key: Sequence[int | str] = (),
+    units: Callable[[Row], int] | None = None,
 ) -> Iterator[list[list[Row]]]:
     """Yield optimiser steps without end, epoch after epoch: each a list of up to `accumulation` batches of rows.
 
     An epoch's short last batch is kept, and so is its short last step. A batch in which no token has a label is left
-    out, and a step that has no other. `key` (a client's name, the round) sets the order apart from others'.
+    out, and a step that has no other. `key` (a client's name, the round) sets the order apart from others'. `units`: how
+    many terms of the loss a row has (default: its labelled tokens).
     Raises DataError when no row has a label, batch_size or accumulation is below 1.
     """
     if batch_size < 1 or accumulation < 1:
         raise DataError(f"batch_size and accumulation should be at least 1, they are {batch_size} and {accumulation}")
-    learnt = [num_label_tokens([row]) > 0 for row in rows]
+    learnt = [(units(row) if units else num_label_tokens([row])) > 0 for row in rows]
     if not any(learnt):
         raise DataError(
             f"none of the {len(rows)} rows has a label after its first token, so there is nothing to learn; raise "
@@ -95,14 +158,3 @@ def steps_per_epoch(num_rows: int, batch_size: int, accumulation: int) -> int:
 def num_label_tokens(rows: Sequence[Row]) -> int:
     """Count the tokens that a loss is taken on: labels other than -100, without the first, which nothing predicts."""
     return sum(label != IGNORED for row in rows for label in row["labels"][1:])
-
-
-def length_batches(rows: Sequence[Row], batch_size: int) -> list[list[Row]]:
-    """Batch rows of like length for evaluation, longest first, so that little is padding and memory peaks at once.
-
-    Rows of one length keep their order. Raises DataError for a batch_size below 1.
-    """
-    if batch_size < 1:
-        raise DataError(f"batch_size should be at least 1, it is {batch_size}")
-    ordered = sorted(rows, key=lambda row: -len(row["input_ids"]))
-    return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]

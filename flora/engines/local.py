@@ -11,13 +11,14 @@ import yaml
 from rich.console import Console
 
 from flora.adapter import Adapters, truncate
+from flora.allocator import keep_large_blocks
 from flora.checkpoint import Resumed, RunFolder
 from flora.client import LocalClient
 from flora.cohort import Cohort
 from flora.config import RunConfig, load, parse
 from flora.engines.prepare import Job, environment, prepare
 from flora.errors import ConfigError
-from flora.evaluate import evaluate
+from flora.evaluate import evaluate, evaluate_clients
 from flora.messages import Broadcast, Update, encode
 from flora.nn import accumulate, applied, residuals, target_shapes
 from flora.report import Report
@@ -36,7 +37,7 @@ def run(config: RunConfig | Mapping[str, Any] | str | Path, resume: bool = False
         config = parse(config) if isinstance(config, Mapping) else parse(load(config), str(config))
     strategy_named(config.strategy)
     folder = RunFolder(config.output_dir, config.overwrite, resume)
-    _tune_allocator()
+    keep_large_blocks()
     console = Console(stderr=True, quiet=config.quiet)
     resumed = folder.load_checkpoint() if resume else None
     job = prepare(config, lambda line: console.print(line, highlight=False, soft_wrap=True), resumed.base if resumed else None)
@@ -90,17 +91,18 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
         clients = [replace(client, start=home.get(client.name)) for client in server.sample(number)]
         sent = server.broadcast
         bring_to(job.model, sent, job.merge_config)
-        before = evaluate_clients(job, {c.name: _before(c, sent) for c in clients}, report, f"round {number}: before")
-        cohort = Cohort(job.model, clients, job.train_config, config.target_modules, merge_config=job.merge_config)
-        report.start_clients(f"round {number}: train", len(clients))
-        updates = cohort.fit(sent, on_step=report.on_step)
+        before = evaluated(job, {c.name: _before(c, sent) for c in clients}, report, f"round {number}: before")
+        cohort = Cohort(job.model, clients, job.train_config, config.target_modules, config.max_tokens_per_batch, job.merge_config)
+        report.start(f"round {number}: train", len(clients))
+        updates = cohort.fit(sent, on_step=lambda *step, cohort=cohort: report.on_step(*step, cohort.tokens_per_second))
         views = {u.client: {**(sent.start or {}), **u.adapters} for u in updates}
-        after = evaluate_clients(job, views, report, f"round {number}: after")
+        after = evaluated(job, views, report, f"round {number}: after")
         home.update({u.client: u.adapters for u in updates} if server.strategy.home else {})
 
         began = time.perf_counter()
         server.close(updates)
-        seconds = {"aggregate": time.perf_counter() - began}
+        seconds = cohort.seconds | {"aggregate": time.perf_counter() - began}
+        seconds["evaluate"] = sum(found["seconds"] for found in (*before.values(), *after.values()))
 
         size = download_size(server)
         up = 0
@@ -115,7 +117,8 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
         began = time.perf_counter()
         folder.save_round(number, updates, server.broadcast, config.keep_rounds, config.model_name_or_path)
         seconds["save"] = time.perf_counter() - began
-        row = server_row(number + 1, job, server, home, seconds) | {"bytes_up": up, "bytes_down": size * len(server.clients)}
+        row = server_row(number + 1, job, server, home, seconds) | {"bytes_up": up, "bytes_down": size * len(server.clients),
+                                                                    "tokens_per_second": cohort.rate}
         report.add(row)
         folder.save_checkpoint(job.model, number + 1, server.broadcast, home)
         folder.mark("running", number + 1)
@@ -154,19 +157,17 @@ def download_size(server: Server) -> int:
     return 0 if _silent(server) else len(encode(server.broadcast))
 
 
-def evaluate_clients(job: Job, views: Mapping[str, Adapters | None], report: Report, what: str) -> dict[str, dict[str, Any]]:
-    """Each client's view of the model (the base and these adapters) on its own held-out rows; None where it has none."""
-    out = {}
-    report.start_clients(what, len(views))
-    for name, adapters in views.items():
-        began = time.perf_counter()
-        out[name] = {"loss": None, "accuracy": None}
-        if job.eval_rows[name]:
-            with _with_adapters(job, adapters):
-                out[name] = evaluate(job.model, job.eval_rows[name], job.eval_batch_size, job.train_config.pad_token_id)
-        out[name]["seconds"] = time.perf_counter() - began
-        report.client_done()
-    return out
+def evaluated(job: Job, views: Mapping[str, Adapters | None], report: Report, what: str) -> dict[str, dict[str, Any]]:
+    """Each client's view of the model (the base and these adapters) on its own held-out rows, all in one batch; None where it has
+    none. seconds: each one's share of the whole, by its rows."""
+    rows = {name: job.eval_rows[name] for name in views}
+    count = sum(map(len, rows.values()))
+    report.start(what, count)
+    began = time.perf_counter()
+    found = evaluate_clients(job.model, views, rows, job.eval_batch_size, job.train_config.pad_token_id, report.advance)
+    took = time.perf_counter() - began
+    nothing = {"loss": None, "accuracy": None}
+    return {name: (metrics or nothing) | {"seconds": took * len(rows[name]) / max(1, count)} for name, metrics in found.items()}
 
 
 def _before(client: LocalClient, broadcast: Broadcast) -> Adapters | None:
@@ -201,7 +202,8 @@ def server_row(rounds_done: int, job: Job, server: Server, home: Mapping[str, Ad
     mean = {name: sum(r[name] for r in results) / len(results) for name in ("loss", "perplexity", "accuracy")}
     row = {"kind": "server", "rounds_done": rounds_done, "eval_loss": mean["loss"], "eval_perplexity": mean["perplexity"],
             "eval_accuracy": mean["accuracy"], "bytes_up": 0, "bytes_down": 0,
-            "seconds": {**seconds, "merge": merged - began, "evaluate": time.perf_counter() - merged}}
+            "seconds": {**seconds, "merge": seconds.get("merge", 0.0) + merged - began,
+                        "evaluate": seconds.get("evaluate", 0.0) + time.perf_counter() - merged}}
     errors = job.model.__dict__.get("_flora_merge_errors")
     return row if errors is None else row | {"merge_error": max(errors.values(), default=0.0)}
 
@@ -212,10 +214,3 @@ def resume(folder: str | Path) -> Path:
     if not settings:
         raise ConfigError(f"expected the resolved config of a run in {folder}; got an empty config.yaml")
     return run(parse({**settings, "output_dir": str(folder)}), resume=True)
-
-
-def _tune_allocator() -> None:
-    """Lets the C library keep freed memory: otherwise large tensors are mapped, and their pages faulted in, at every step."""
-    with contextlib.suppress(ImportError):
-        from flora import _host
-        _host.tune_allocator()

@@ -59,7 +59,8 @@ def train_config(config: RunConfig, pad_token_id: int, steps_factor: int = 1) ->
         gradient_accumulation_steps=config.gradient_accumulation_steps, max_grad_norm=config.max_grad_norm,
         weight_decay=config.weight_decay, warmup_steps=config.warmup_steps, lr_scheduler_type=config.lr_scheduler_type,
         lora_dropout=config.lora_dropout, seed=config.seed, num_train_epochs=config.num_train_epochs or 1.0,
-        pad_token_id=pad_token_id)
+        pad_token_id=pad_token_id, gradient_checkpointing=config.gradient_checkpointing,
+        adapter_dtype=None if config.adapter_dtype == "float32" else config.adapter_dtype)
 
 
 def prepare(config: RunConfig, say: Callable[[str], None], base: Path | None = None) -> Job:

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from flora.memory import gradient_like
+
 OPERATORS = dict.fromkeys(("lora_linear", "lora_linear_backward", "lora_add_", "merge_", "stack_", "first_not_finite"), ("*",))
 
 _SIGN = 1 << 31
@@ -117,7 +119,7 @@ def lora_linear_backward(dys: Sequence[Tensor], x: Tensor | None, h: Tensor, wei
 
     dys[l] (M, N_l); needs says which of dx, all dA, all dB to compute (an empty tensor stands for one that is not).
     weights: () where the base product is another's, and dx is the LoRA path's alone. x may be None where no dA is needed.
-    Returns dx (M, K) in dy's dtype, dA_l (R, K), dB_l (N_l, R) in the factors' dtypes.
+    Returns dx (M, K) in dy's dtype, dA_l (R, K), dB_l (N_l, R), laid out as B_l is, in the factors' dtypes.
     """
     L, dtype = len(As), dys[0].dtype
     dx = dys[0].new_empty(0)
@@ -143,7 +145,7 @@ def _one_backward(dy: Tensor, x: Tensor | None, h: Tensor, dx: Tensor, own: tupl
     A, B, scale, frozen, row_offsets, rank_offsets, frozen_ranges, dropout, keys = own
     need_x, need_A, need_B = needs
     dA = torch.empty_like(A, memory_format=torch.contiguous_format) if need_A else A.new_empty(0)
-    dB = torch.empty_like(B, memory_format=torch.contiguous_format) if need_B else B.new_empty(0)
+    dB = gradient_like(B) if need_B else B.new_empty(0)
     mask = dropout_mask(keys, A.shape[1], dropout, dy.dtype) if keys is not None else None
     for k, rows, ranks in _segments(dy.shape[0], A.shape[0], row_offsets, rank_offsets):
         dy_k = dy[rows]

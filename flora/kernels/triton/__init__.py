@@ -14,6 +14,7 @@ from flora.kernels.triton.configs import ONE_PASS_RANKS
 from flora.kernels.triton.grads import Piece, dy_pass, outer
 from flora.kernels.triton.linear import add_low_rank
 from flora.kernels.triton.shrink import shrink
+from flora.memory import gradient_like
 
 _NAMES = ("lora_linear", "lora_linear_backward", "lora_add_")
 OPERATORS = dict.fromkeys(_NAMES, ("cuda",))
@@ -146,8 +147,7 @@ def lora_linear_backward(dys: Sequence[Tensor], x: Tensor | None, h: Tensor, wei
     need_x, need_As, need_Bs = needs[0], needs[1:L + 1], needs[L + 1:]
     forms = [call.form("backward", M, (B.shape[0], K), dys[0]) for B in Bs]
     dh = dys[0].new_empty(M, sum(call.widths))
-    dBs = [torch.zeros_like(B, memory_format=torch.contiguous_format) if need else B.new_empty(0)
-           for B, need in zip(Bs, need_Bs, strict=True)]
+    dBs = [gradient_like(B).zero_() if need else B.new_empty(0) for B, need in zip(Bs, need_Bs, strict=True)]
     for i in range(L):
         wanted = need_x or need_As[i]
         if wanted or need_Bs[i]:

@@ -1,0 +1,130 @@
+"""The steps of clients that train together: passes, gradients, one optimiser a client."""
+import contextlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from flora import ops
+from flora.budget import Budget
+from flora.client import TrainConfig
+from flora.clock import Clock
+from flora.losses import CausalLM
+from flora.member import Member
+from flora.packed import Packed
+from flora.packing import device_of, line, traits_of
+from flora.steps import Loader, Pass, Place
+
+OnStep = Callable[[str, int, int, float], None]
+
+
+class Loop:
+    """Takes every member through its steps, a step of each at a time, on a model that `packed` is attached to.
+
+    A member that is done or fails leaves the batch. What a step needs of the device is asked for once, after its gradients.
+    """
+
+    def __init__(self, model: nn.Module, packed: Packed, members: Sequence[Member], config: TrainConfig, budget: Budget,
+                 clock: Clock):
+        self.model, self.packed, self.members, self.config, self.budget, self.clock = model, packed, members, config, budget, clock
+        self.device, self.loss = device_of(model), config.loss or CausalLM()
+        self.packs = self.loss.packs and traits_of(model).packs
+        for k, member in enumerate(members):
+            member.prepare(packed.parameters[k], config)
+
+    def run(self, on_step: OnStep | None, count: Callable[[int], None], seed: int) -> None:
+        """All steps, the batches of the next one being made meanwhile. count: told the tokens of each step; seed: of the dropout
+        that the model has of its own."""
+        with Loader(self.loss, self.packs, self.config.pad_token_id, self.device) as loader:
+            due, first = self._begin(loader), True
+            while due:
+                with self.clock("data"):
+                    places, parts = loader.take()
+                if first:
+                    self._measure(places, loader)
+                    torch.manual_seed(seed)
+                going, held, first = [k for k in due if not self.members[k].failed], loader.budget, False
+                due = self._begin(loader)
+                if len(going) < len({p.client for p in places}) or held != self.budget.tokens:
+                    places = [p for p in places if p.client in going]
+                    parts = loader.make(places, self.budget.tokens)
+                if places:
+                    self._step(going, places, parts, loader, on_step, count)
+
+    def _begin(self, loader: Loader) -> list[int]:
+        """Begins to make the next step of all members that have one; who they are."""
+        due = [k for k, m in enumerate(self.members) if not m.failed and m.drawn < m.num_steps]
+        if due:
+            loader.prefetch(lambda: [place for k in due for place in self.members[k].draw(k, self.loss)], self.budget.tokens)
+        return due
+
+    def _measure(self, places: Sequence[Place], loader: Loader) -> None:
+        """Bounds the budget by what the shortest row keeps."""
+        shortest = min(places, key=lambda p: p.tokens)
+        [one] = loader.make([shortest], shortest.tokens)
+        self.budget.measure(lambda: self._forward(one, loader), shortest.tokens, self.config.gradient_checkpointing)
+
+    def _step(self, going: Sequence[int], places: Sequence[Place], parts: Sequence[Pass], loader: Loader, on_step: OnStep | None,
+              count: Callable[[int], None]) -> None:
+        """One optimiser step of every member that goes on."""
+        terms = {k: sum(self.loss.terms(p.row) for p in places if p.client == k) for k in going}
+        while True:
+            try:
+                losses = self._gradients(parts, terms, loader)
+                break
+            except RuntimeError as error:
+                self.budget.halve(max(p.tokens for p in places), error)
+                parts = loader.make(places, self.budget.tokens)
+        with self.clock("optimizer"):
+            for k in going:
+                self.packed.take_gradients(k)
+            norms = torch.stack([self.members[k].norm().double() for k in going])
+            found = torch.stack([losses[list(going)], norms]).tolist()                   # the one wait of a step
+            for k, loss, norm in zip(going, *found, strict=True):
+                member, tokens = self.members[k], sum(p.tokens for p in places if p.client == k)
+                if not member.judge(loss, norm):
+                    continue
+                member.update(loss, norm, tokens, self.config)
+                count(tokens)
+                if on_step is not None:
+                    on_step(member.client.name, len(member.losses), member.num_steps, loss)
+
+    def _gradients(self, parts: Sequence[Pass], terms: dict[int, int], loader: Loader) -> Tensor:
+        """Every client's gradient of its own mean loss over the terms of its step; the losses, by client, in fp64.
+
+        What is differentiated is the sum of the clients' means: it falls apart into theirs, as no row meets another's ranks.
+        """
+        losses = torch.zeros(self.packed.count, dtype=torch.float64, device=self.device)
+        self.packed.zero_grad()
+        for part in parts:
+            whose = torch.tensor([p.client for p in part.places], device=self.device)
+            share = torch.tensor([1.0 / terms[p.client] for p in part.places], device=self.device)
+            with contextlib.ExitStack() as held:
+                with self.clock("forward"):
+                    each = self._forward(part, loader, held)
+                    total = (each * share).sum()
+                with self.clock("backward"):
+                    total.backward()
+            losses.index_add_(0, whose, each.detach().double() * share)
+        return losses
+
+    def _forward(self, part: Pass, loader: Loader, held: contextlib.ExitStack | None = None) -> Tensor:
+        """The sum of each row's terms, (rows,). held: where what the backward pass needs is kept until it is done."""
+        batch = loader.to_device(part)
+        spans = [0] * self.packed.count
+        for place, span in zip(part.places, batch.spans, strict=True):
+            spans[place.client] += span
+        self.packed.route(spans, self._keys(part) if self.config.lora_dropout else None)
+        with contextlib.ExitStack() as own:
+            if self.packs:
+                (held or own).enter_context(line(self.model, batch.lengths))
+            return self.loss(self.model, batch)
+
+    def _keys(self, part: Pass) -> Tensor:
+        """Dropout's key of every place in the model: (client, step, row, sequence, position), so packing does not change it."""
+        keys, lengths = [], iter(part.batch.lengths)
+        for p in part.places:
+            member = self.members[p.client]
+            row = ops.row_keys(ops.row_keys(member.key, len(member.losses)), p.sequence)
+            keys += [ops.row_keys(row, i, torch.arange(next(lengths))) for i in range(len(p.lengths))]
+        return torch.cat(keys).to(self.device)

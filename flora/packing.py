@@ -1,0 +1,150 @@
+"""Sequences of different lengths in one line of a model, without padding, each attending to itself alone.
+
+A model of transformers asks a named function for its attention. Ours cuts the line at the sequences' ends and calls transformers'
+own `sdpa` on each, those of one length that lie together at once: no mask of the whole line exists, nothing is spent between
+sequences, and a NaN of one cannot reach another. Everything else in such a model works on one token at a time and needs only the
+positions. Whether a given model is like that is not looked up but tried, on eight tokens, before it is relied on; and so is whether
+its logits are its output embedding times its last hidden states, which lets a loss be taken in chunks (losses.py).
+"""
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+NAME = "flora_packed"
+KNOWN = {"full_attention", "sliding_attention"}
+
+_lengths: dict[int, Sequence[int]] = {}                        # of the line that a model is in, by the id of its config
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a model was seen to do. packs: sequences in one line give what they give alone; head: its logits are the output
+    embedding times the last hidden states; why: what stands against packing."""
+    packs: bool
+    head: bool
+    why: str = ""
+
+
+_traits: WeakKeyDictionary[nn.Module, Traits] = WeakKeyDictionary()
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def traits_of(model: nn.Module) -> Traits:
+    """What this model allows, tried once. Says in the log why sequences are padded, where they are."""
+    if model not in _traits:
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                _traits[model] = _try(model)
+        finally:
+            model.train(was_training)
+        if not _traits[model].packs:
+            log.info("sequences are padded, not packed: %s", _traits[model].why)
+    return _traits[model]
+
+
+def _try(model: nn.Module) -> Traits:
+    if not all(hasattr(model, name) for name in ("config", "base_model", "get_output_embeddings")):
+        return Traits(False, False, f"{type(model).__name__} is not a model of transformers")
+    size = model.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(8, device=device_of(model)) * 7 + 3) % size
+    mask = torch.tensor([[1] * 5, [1] * 3 + [0] * 2], device=ids.device)
+    padded = torch.zeros_like(mask).masked_scatter(mask.bool(), ids)
+    head, why = False, ""
+    try:
+        expected = model(input_ids=padded, attention_mask=mask).logits[mask.bool()]
+        hidden = model.base_model(input_ids=padded, attention_mask=mask)[0][mask.bool()]
+        output = model.get_output_embeddings()
+        head = isinstance(output, nn.Linear) and _close(output(hidden), expected)
+    except Exception as error:                                  # another call, other outputs: whatever it is, it is not that
+        return Traits(False, False, f"{type(model).__name__} cannot be called so: {error}")
+    layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - KNOWN
+    if layers:
+        return Traits(False, head, f"{type(model).__name__} has layers of the kind {', '.join(sorted(layers))}")
+    try:
+        with packable(model):
+            positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]], device=ids.device)
+            with line(model, [5, 3]):
+                got = model(input_ids=ids[None], position_ids=positions).logits[0]
+        why = "" if _close(got, expected) else f"in {type(model).__name__} sequences in one line do not give what they give alone"
+    except Exception as error:
+        why = f"{type(model).__name__} does not take its attention from transformers' interface: {error}"
+    return Traits(not why, head, why)
+
+
+def _close(got: Tensor, expected: Tensor) -> bool:
+    """The same but for rounding: one leak between two sequences of a few tokens is a thousand times as large."""
+    if got.shape != expected.shape:
+        return False
+    return float((got - expected).norm()) <= 64 * torch.finfo(expected.dtype).eps * float(expected.norm())
+
+
+def _configs(model: nn.Module) -> list[object]:
+    """Every config that a module of the model reads, each once."""
+    return list({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
+
+
+@contextlib.contextmanager
+def packable(model: nn.Module) -> Iterator[None]:
+    """While the block runs the model's attention is ours, which needs `line` around every forward and backward pass."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, _attend)
+    configs = [config for config in _configs(model) if getattr(config, "_attn_implementation", None)]
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = NAME
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name
+
+
+@contextlib.contextmanager
+def line(model: nn.Module, lengths: Sequence[int]) -> Iterator[None]:
+    """Says where the sequences of the model's one line end: so many tokens each. Around the backward pass too, which may compute
+    a checkpointed layer again."""
+    keys = [id(config) for config in _configs(model)]
+    try:
+        for key in keys:
+            _lengths[key] = lengths
+        yield
+    finally:
+        for key in keys:
+            _lengths.pop(key, None)
+
+
+def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
+            scaling: float | None = None, **options) -> tuple[Tensor, None]:
+    """Attention within each sequence of a line. query (1, heads, tokens, size); gives (1, tokens, heads, size).
+
+    attention_mask: not read, there is none for a line.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    runs = [(length, len(list(same))) for length, same in groupby(_lengths[id(module.config)])]
+    sizes = [length * count for length, count in runs]
+    window, out = options.pop("sliding_window", None), []
+    for (length, count), q, k, v in zip(runs, *(t.split(sizes, dim=2) for t in (query, key, value)), strict=True):
+        mask = None
+        if window is not None and length > window:
+            order = torch.arange(length, device=q.device)
+            far = order[:, None] - order
+            mask = ((far >= 0) & (far < window))[None, None]
+        q, k, v = (t[0].unflatten(1, (count, length)).transpose(0, 1) for t in (q, k, v))
+        y, _ = sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scaling, **options)
+        out.append(y.reshape(1, count * length, *y.shape[2:]))
+    return torch.cat(out, 1), None
