@@ -49,9 +49,10 @@ class RunConfig(_Strict):
     num_rounds: PositiveInt = 3
     """Rounds."""
     strategy: str = "flora"
-    """The aggregation rule: flora, fedit, zeropad, centralized, standalone."""
-    weighting: Literal["examples", "uniform"] = "examples"
-    """What a client counts: its number of training rows, or the same as any other."""
+    """The aggregation rule: flora, fedit, zeropad, hetlora, flexlora, florist, ffa, rolora, fedex, fedsa, fedsvd, raflora,
+    centralized, standalone."""
+    weighting: Literal["examples", "uniform", "tokens"] = "examples"
+    """What a client counts: its number of training rows, the same as any other, or the tokens that it trained on."""
     lora_r: PositiveInt | list[PositiveInt] = 16
     """Rank: one for all, or a list with one a client."""
     lora_alpha: PositiveFloat | list[PositiveFloat] | Literal["r", "2r"] = "2r"

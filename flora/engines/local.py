@@ -23,7 +23,7 @@ from flora.messages import Broadcast, Update, encode
 from flora.nn import accumulate, applied, residuals, target_shapes
 from flora.report import Report
 from flora.server import Server
-from flora.strategies import strategy_named
+from flora.strategies import come_home, leave_home, strategy_named
 from flora.versions import bring_to, resume_at, write_into
 
 
@@ -35,7 +35,10 @@ def run(config: RunConfig | Mapping[str, Any] | str | Path, resume: bool = False
     """
     if not isinstance(config, RunConfig):
         config = parse(config) if isinstance(config, Mapping) else parse(load(config), str(config))
-    strategy_named(config.strategy)
+    trains = strategy_named(config.strategy).begin({}, [1], 0).train
+    if trains not in ("AB", "A", "B"):
+        raise ConfigError(f"strategy {config.strategy}: expected one whose clients train A or B; it trains the {trains}, which "
+                          "flora.aggregate combines and a run cannot train yet. Use another strategy.")
     folder = RunFolder(config.output_dir, config.overwrite, resume)
     keep_large_blocks()
     console = Console(stderr=True, quiet=config.quiet)
@@ -88,8 +91,8 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
            home: dict[str, Adapters]) -> None:
     """The federated loop."""
     for number in range(report.first, config.num_rounds):
-        clients = [replace(client, start=home.get(client.name)) for client in server.sample(number)]
-        sent = server.broadcast
+        sent, own = server.broadcast, views_at_home(server, home)
+        clients = [replace(client, start=own.get(client.name)) for client in server.sample(number)]
         bring_to(job.model, sent, job.merge_config)
         before = evaluated(job, {c.name: _before(c, sent) for c in clients}, report, f"round {number}: before")
         cohort = Cohort(job.model, clients, job.train_config, config.target_modules, config.max_tokens_per_batch, job.merge_config)
@@ -100,7 +103,7 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
         home.update({u.client: u.adapters for u in updates} if server.strategy.home else {})
 
         began = time.perf_counter()
-        server.close(updates)
+        server.close([replace(u, adapters=leave_home(u.adapters, server.strategy.home)) for u in updates])
         seconds = cohort.seconds | {"aggregate": time.perf_counter() - began}
         seconds["evaluate"] = sum(found["seconds"] for found in (*before.values(), *after.values()))
 
@@ -124,6 +127,12 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
         folder.mark("running", number + 1)
         report.say(f"round {number}: held-out loss {row['eval_loss']:.4f}, accuracy {row['eval_accuracy']:.1%}")
         report.round_done()
+
+
+def views_at_home(server: Server, home: Mapping[str, Adapters]) -> dict[str, Adapters]:
+    """The models of clients that keep factors at home: what the server sends next, with their own in their places."""
+    kept, start = server.strategy.home, server.broadcast.start
+    return {name: held if start is None else come_home(start, held, kept) for name, held in home.items()}
 
 
 def first_broadcast(config: RunConfig, job: Job) -> Broadcast:
@@ -194,7 +203,7 @@ def server_row(rounds_done: int, job: Job, server: Server, home: Mapping[str, Ad
     began = time.perf_counter()
     bring_to(job.model, server.broadcast, job.merge_config)
     merged = time.perf_counter()
-    views = list(home.values()) if server.strategy.home else [server.broadcast.start]
+    views = list(views_at_home(server, home).values()) if server.strategy.home else [server.broadcast.start]
     results = []
     for adapters in views or [None]:
         with _with_adapters(job, adapters):
