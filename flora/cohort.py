@@ -143,7 +143,8 @@ class Cohort:
         size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
         epoch = steps_per_epoch(len(client.rows), size, accumulation)
         return Member(
-            client, starting_adapters(client, held, own, config.seed, version),
+            client, lambda: starting_adapters(client, held, own, config.seed, version),
+            client.rank * sum(map(sum, own.values())),
             {name: parts[0] if len(parts) == 1 else stack([a.to("cpu") for a in parts]) for name, parts in asleep.items()},
             training_steps(client.rows, size, accumulation, config.shuffle, config.seed, (client.name, version), self._loss.terms),
             client.max_steps or config.max_steps or math.ceil(config.num_train_epochs * epoch),
@@ -154,16 +155,19 @@ class Cohort:
                    clock: Clock) -> dict[str, dict[str, Adapter]]:
         """Trains clients together; their adapters, by name, but for those that failed."""
         config, model, device = self.train_config, self.model, device_of(self.model)
-        starts, asleep = [m.start for m in members], [m.asleep for m in members]
         dtype = None if config.adapter_dtype is None else getattr(torch, config.adapter_dtype)
         with torch.random.fork_rng([device] if device.type == "cuda" else []), contextlib.ExitStack() as attached:
             with clock("setup"):
+                starts, asleep = [m.begin() for m in members], [m.asleep for m in members]
                 layers = attached.enter_context(applied(model, joined(starts, asleep), config.lora_dropout, dtype))
                 packed = Packed(layers, starts, asleep, broadcast.train)
+                del starts                                      # the layers hold copies
             Loop(model, packed, members, config, self._budget, clock).run(
                 on_step, self._count, derive(config.seed, broadcast.version, "torch"))
             with clock("setup"):
                 adapters = [packed.adapters(k) for k in range(len(members))]
+                for member in members:
+                    member.release()
         out = {}
         for member, trained in zip(members, adapters, strict=True):
             if not member.failed and not all(bool(torch.isfinite(f).all()) for a in trained.values() for f in (a.A, a.B)):
@@ -193,8 +197,7 @@ def groups(members: Sequence[Member], budget: int, memory: float) -> Iterator[li
     """
     def size(member: Member) -> tuple[int, int, int, int]:
         """Tokens of a step, ranks, bytes, clients."""
-        numbers = sum(a.A.numel() + a.B.numel() for a in member.start.values())
-        return member.tokens_a_step, member.client.rank, 16 * numbers, 1
+        return member.tokens_a_step, member.client.rank, 16 * member.numbers, 1
 
     order = sorted(range(len(members)), key=lambda k: (members[k].depth, members[k].num_steps, k))
     tokens = sum(member.tokens_a_step for member in members)

@@ -1,6 +1,6 @@
 """A client in a round: where it starts, its steps, its optimiser, and how far it came."""
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,11 +14,12 @@ from flora.steps import Place
 
 @dataclass
 class Member:
-    """A client's part in a round. asleep: ranks that it sees and does not train; steps: batches of rows of each optimiser step,
-    without end; key: of its dropout; depth: the first layer that it trains, counted in the model's
-    order; tokens_a_step: about."""
+    """A client's part in a round. begin: makes the adapters that it starts from, when its turn has come; numbers: in them; asleep:
+    ranks that it sees and does not train; steps: batches of rows of each optimiser step, without end; key: of its dropout;
+    depth: the first layer that it trains, counted in the model's order; tokens_a_step: about."""
     client: LocalClient
-    start: Adapters
+    begin: Callable[[], dict[str, Adapter]]
+    numbers: int
     asleep: Adapters
     steps: Iterator[Sequence[Sequence[Row]]]
     num_steps: int
@@ -34,6 +35,10 @@ class Member:
     def prepare(self, parameters: Sequence[Tensor], config: TrainConfig) -> None:
         self.parameters = parameters
         self.optimizer = torch.optim.AdamW(parameters, self.learning_rate, weight_decay=config.weight_decay, fused=True)
+
+    def release(self) -> None:
+        """Lets go of what only training needs: three times the size of its adapters."""
+        del self.parameters, self.optimizer
 
     def draw(self, k: int, loss: Loss) -> list[Place]:
         """The rows of its next step that there is something to learn from. k: its number in the batch."""

@@ -70,6 +70,7 @@ def applied(model: nn.Module, adapters: Adapters, dropout: float = 0.0,
         raise TargetError("adapters are attached to this model already. Call flora.detach(model) first.")
     layers = {name: LoRALinear(base, dropout=dropout, dtype=dtype, adapter=adapters[name])
               for name, base in bases_of(model, adapters).items()}
+    del adapters                                                # they may be as large as all optimiser states of a round
     try:
         _wrap(model, layers)
         yield layers

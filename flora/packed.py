@@ -33,6 +33,7 @@ class Packed:
         self._routings: dict[tuple[int, ...], Routing] = {}
         self._ranges: dict[tuple[tuple[int, int], ...], Tensor] = {}
         self._trained: dict[str, list[Tensor]] = {}
+        self._rows: list[int] = []
         for name, layer in layers.items():
             self._pack(name, layer, starts, train)
             layer.frozen = self._frozen(name, layer, asleep)
@@ -86,8 +87,12 @@ class Packed:
         Layers that none of these clients trains take no part in the backward pass: it ends at the lowest one that some do.
         """
         row_offsets = [0, *accumulate(rows)]
+        same, self._rows = self._rows == row_offsets, row_offsets       # then what a kernel has made of the segments still holds
         for rank_offsets, routing in self._routings.items():
-            routing.segments, routing.row_keys = ops.Segments(row_offsets, rank_offsets), keys
+            routing.segments = routing.segments if same else ops.Segments(row_offsets, rank_offsets)
+            routing.row_keys = keys
+        if same:
+            return
         if not self._alike:
             here = {name for k, count in enumerate(rows) if count for name in self._parts[k]}
             for name, factors in self._trained.items():

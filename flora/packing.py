@@ -147,4 +147,4 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attent
         q, k, v = (t[0].unflatten(1, (count, length)).transpose(0, 1) for t in (q, k, v))
         y, _ = sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scaling, **options)
         out.append(y.reshape(1, count * length, *y.shape[2:]))
-    return torch.cat(out, 1), None
+    return out[0] if len(out) == 1 else torch.cat(out, 1), None

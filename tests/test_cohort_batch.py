@@ -90,8 +90,7 @@ def test_one_forward_pass_serves_all():
 
 
 def member_of(rank, depth=0, steps=1, tokens=1, k=0):
-    start = {"x": adapter(rank, (4, 3), 1)}
-    return Member(LocalClient(f"c{k}", [1], rank), start, {}, iter(()), steps, 1e-3, 0, depth, tokens)
+    return Member(LocalClient(f"c{k}", [1], rank), dict, rank * 7, {}, iter(()), steps, 1e-3, 0, depth, tokens)
 
 
 def test_clients_whose_steps_one_pass_holds_train_together():
