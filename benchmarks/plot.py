@@ -17,13 +17,15 @@ WORDS = {"bare products": "bare matrix products", "PEFT, HF Trainer": "HF Traine
 
 
 def series(rows: list[dict]) -> dict[int, dict[str, dict[int, float]]]:
-    """{sequences: {variant: {clients: tokens/s}}} of the rows measured with the default options; of two the later counts."""
+    """{sequences: {variant: {clients: tokens/s}}} of the rows measured with the default options; of two the later counts. Without a
+    single point: a number of sequences that was measured for one number of clients."""
     usual = {"model": "smollm2-135m", "ranks": [16], "dtype": "float32", "length": 128, "tokens_per_pass": None}
     out: dict[int, dict[str, dict[int, float]]] = {}
     for row in rows:
         if row["variant"] in STYLES and usual.items() <= row.items():
             out.setdefault(row["sequences"], {}).setdefault(row["variant"], {})[row["clients"]] = row["tokens_per_second"]
-    return {sequences: out[sequences] for sequences in sorted(out)}
+    several = {sequences: lines for sequences, lines in out.items() if len({n for line in lines.values() for n in line}) > 1}
+    return dict(sorted((several or out).items()))
 
 
 def spread(wanted: list[float], gap: float) -> list[float]:
