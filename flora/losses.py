@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy, linear, logsigmoid
 
 from flora.data.batches import Batch, num_label_tokens
 from flora.errors import DataError
-from flora.packing import traits_of
+from flora.packing import is_plain, traits_of
 
 Row = Mapping[str, Any]
 CHUNK = {"cpu": 1 << 24, "cuda": 1 << 27}                       # logits that exist at a time, in elements
@@ -123,7 +123,7 @@ def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]
     """(the cross entropy of every labelled token, whether the likeliest token was right), both (labelled,); fp32, fp64 of an fp64
     model. The second only without gradients. Around a packed batch the caller holds packing.line."""
     head = model.get_output_embeddings() if traits_of(model).head else None
-    if isinstance(head, nn.Linear) and not (torch.is_grad_enabled() and head.weight.requires_grad):
+    if head is not None and is_plain(head) and not (torch.is_grad_enabled() and head.weight.requires_grad):
         options = {"use_cache": False} if _takes(model.base_model, "use_cache") else {}
         hidden = model.base_model(**batch.inputs(), **options)[0]
         return linear_cross_entropy(hidden.flatten(0, 1)[batch.positions], head.weight, batch.labels, head.bias)

@@ -16,6 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from flora.layer import computes_itself, is_linear
+
 log = logging.getLogger(__name__)
 
 NAME = "flora_packed"
@@ -38,6 +40,11 @@ _traits: WeakKeyDictionary[nn.Module, Traits] = WeakKeyDictionary()
 
 def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
+
+
+def is_plain(head: nn.Module) -> bool:
+    """Whether a module is x Wᵀ + bias and nothing else: its weight a plain matrix, no hooks, no forward of its own."""
+    return isinstance(head, nn.Linear) and is_linear(head) and not computes_itself(head)
 
 
 def traits_of(model: nn.Module) -> Traits:
@@ -67,7 +74,7 @@ def _try(model: nn.Module) -> Traits:
         expected = model(input_ids=padded, attention_mask=mask).logits[mask.bool()]
         hidden = model.base_model(input_ids=padded, attention_mask=mask)[0][mask.bool()]
         output = model.get_output_embeddings()
-        head = isinstance(output, nn.Linear) and _close(output(hidden), expected)
+        head = is_plain(output) and _close(output(hidden), expected)
     except Exception as error:                                  # another call, other outputs: whatever it is, it is not that
         return Traits(False, False, f"{type(model).__name__} cannot be called so: {error}")
     layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - KNOWN

@@ -8,7 +8,7 @@ from tiny import TARGETS, llama, token_rows
 from torch import nn
 
 import flora
-from flora import packing
+from flora import losses, packing
 from flora.data import batch_of
 from flora.errors import DataError
 from flora.evaluate import evaluate
@@ -109,14 +109,14 @@ def test_a_model_without_logits_to_keep_gives_the_same():
 
 
 def test_only_columns_with_a_label_are_computed(monkeypatch):
-    model, widths = llama(), []
+    model, widths, chunked = llama(), [], []
+    real = losses.linear_cross_entropy
+    monkeypatch.setattr(losses, "linear_cross_entropy", lambda hidden, *rest: chunked.append(len(hidden)) or real(hidden, *rest))
     rows = [{"input_ids": list(range(2, 12)), "labels": [-100] * 7 + [9, 10, 11]}] * 2
-    evaluate(model, rows, 2)                                    # the model is tried first, with all its logits
+    found = evaluate(model, rows, 2)
+    assert chunked == [6]                                       # the loss is taken past the head, in chunks
     model.lm_head.register_forward_hook(lambda _m, args, _out: widths.append(args[0].shape[1]))
-    evaluate(model, rows, 2)
-    assert widths == []                                         # the loss is taken past the head, in chunks
-    monkeypatch.setitem(packing._traits, model, packing.Traits(True, False))
-    evaluate(model, rows, 2)
+    assert evaluate(model, rows, 2) == pytest.approx(found, rel=CLOSE) and chunked == [6]       # but not past its hooks
     monkeypatch.setitem(packing._traits, model, packing.Traits(False, False))
     evaluate(model, rows, 2)
     assert widths == [6, 3]                                     # two packed rows of three; three columns of two rows
