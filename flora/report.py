@@ -103,7 +103,7 @@ class Report:
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
     """Two rich tables of a run's rows: the server by round; the clients by rank, before their first and after their last round."""
     server = Table(title="global model, held-out completions", title_justify="left", box=SIMPLE)
-    for name in ("rounds", "loss", "perplexity", "accuracy", "MB up", "MB down", "tokens/s", "seconds"):
+    for name in ("rounds", "loss", "perplexity", "accuracy", "MB up", "MB down", "tok/s", "seconds"):
         server.add_column(name, justify="right")
     for row in (row for row in rows if row["kind"] == "server"):
         server.add_row(str(row["rounds_done"]), _number(row["eval_loss"]), f"{row['eval_perplexity']:.2f}",
