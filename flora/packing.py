@@ -58,7 +58,7 @@ def traits_of(model: nn.Module) -> Traits:
         finally:
             model.train(was_training)
         if not _traits[model].packs:
-            log.info("sequences are padded, not packed: %s", _traits[model].why)
+            log.warning("sequences are padded, not packed: %s", _traits[model].why)
     return _traits[model]
 
 
@@ -86,7 +86,7 @@ def _try(model: nn.Module) -> Traits:
             with line(model, [5, 3]):
                 got = model(input_ids=ids[None], position_ids=positions).logits[0]
         why = "" if _close(got, expected) else f"in {type(model).__name__} sequences in one line do not give what they give alone"
-    except Exception as error:
+    except Exception as error:                                  # a model may do anything with an attention it does not know
         why = f"{type(model).__name__} does not take its attention from transformers' interface: {error}"
     return Traits(not why, head, why)
 

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from tiny import TARGETS, llama, token_rows
+from tiny import TARGETS, Plain, llama, token_rows
 from torch import nn
 
 import flora
@@ -90,17 +90,6 @@ def test_published_error_one_method_evaluated_with_dropout_on():
     first = evaluate(model, ROWS, 4)
     assert first == evaluate(model, ROWS, 4) and torch.equal(state, torch.random.get_rng_state())
     assert first == evaluate(model.eval(), ROWS, 4)
-
-
-class Plain(nn.Module):
-    """A causal model that knows neither logits_to_keep nor use_cache."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, input_ids, attention_mask):
-        return self.inner(input_ids=input_ids, attention_mask=attention_mask)
 
 
 def test_a_model_without_logits_to_keep_gives_the_same():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny import TARGETS, llama, near, token_rows
+from tiny import TARGETS, Plain, llama, near, token_rows
 from torch import nn
 
 from flora import Broadcast, Cohort, LocalClient, TrainConfig, packing
@@ -90,15 +90,7 @@ def test_a_head_that_is_not_the_whole_of_the_logits_is_found_out():
     assert traits_of(llama()).head and not traits_of(made("Granite", logits_scaling=3.0)).head
     assert traits_of(made("Granite", logits_scaling=1.0)).head
 
-    class Other(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = llama()
-
-        def forward(self, input_ids, attention_mask):
-            return self.inner(input_ids=input_ids, attention_mask=attention_mask)
-
-    assert traits_of(Other()) == packing.Traits(False, False, "Other is not a model of transformers")
+    assert traits_of(Plain(llama())) == packing.Traits(False, False, "Plain is not a model of transformers")
 
 
 @pytest.mark.parametrize(("kind", "changes"), [("Llama", {}), ("Granite", {"logits_scaling": 3.0}), ("Gemma2", {"head_dim": 8})])

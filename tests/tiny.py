@@ -77,6 +77,17 @@ def adapter(rank, shape, seed=0, alpha=None, dtype=torch.float32):
     return Adapter(A.to(dtype), B.to(dtype), (2.0 * rank if alpha is None else alpha) / rank)
 
 
+class Plain(torch.nn.Module):
+    """A causal model that knows neither logits_to_keep nor use_cache."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids, attention_mask):
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask)
+
+
 class Int8Linear(torch.nn.Module):
     """A weight-only int8 linear: codes and one step a row."""
 
