@@ -51,7 +51,9 @@ class TrainConfig:
     max_grad_norm: clips each client's gradient by its own norm (0: no clipping). seed: with the client's name and the round
     it decides order, fresh adapters and dropout. gradient_checkpointing: compute each block again in the backward pass instead of
     keeping what it computed. adapter_dtype: of A and B while they train, and of the updates ("bfloat16"; None: float32).
-    loss: what is minimised (losses.py; None: CausalLM).
+    loss: what is minimised (losses.py; None: CausalLM). proximal_mu: FedProx's weight of half the squared distance of what trains
+    from its start (arXiv 1812.06127). rank_decay, rank_penalty: HetLoRA's self-pruning (0: none). adalora_keep: the share of its
+    ranks that a client keeps, by AdaLoRA (None: all, no AdaLoRA).
     """
     learning_rate: float = 3e-4
     max_steps: int | None = None
@@ -69,6 +71,10 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     adapter_dtype: Literal["float32", "bfloat16"] | None = None
     loss: Loss | None = None
+    proximal_mu: float = 0.0
+    rank_decay: float = 0.0
+    rank_penalty: float = 0.0
+    adalora_keep: float | None = None
 
     def __post_init__(self) -> None:
         def need(name: str, good: bool, expected: str) -> None:
@@ -86,6 +92,10 @@ class TrainConfig:
         need("lora_dropout", 0 <= self.lora_dropout < 1, "a probability in [0, 1)")
         need("num_train_epochs", self.num_train_epochs > 0, "a positive number")
         need("adapter_dtype", self.adapter_dtype in ("float32", "bfloat16", None), '"float32", "bfloat16" or None')
+        need("proximal_mu", 0 <= self.proximal_mu < math.inf, "a number >= 0")
+        need("rank_decay", 0 <= self.rank_decay < 1, "a share in [0, 1) (0 turns pruning off)")
+        need("rank_penalty", 0 <= self.rank_penalty < math.inf, "a number >= 0")
+        need("adalora_keep", self.adalora_keep is None or 0 < self.adalora_keep <= 1, "a share in (0, 1], or None")
 
 
 def learning_rate_factor(step: int, num_steps: int, warmup_steps: int, kind: str) -> float:

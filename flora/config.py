@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 from flora.errors import ConfigError
 
 OTHER_BRANCH = ("list_type", "int_type", "float_type")          # said of every branch of a union but the one that was meant
+EVALUATIONS = r"labels|answers|lm_eval:.+|mt_bench:.+"
 NotNegative = Annotated[int, Field(ge=0)]
 
 
@@ -49,10 +50,41 @@ class RunConfig(_Strict):
     num_rounds: PositiveInt = 3
     """Rounds."""
     strategy: str = "flora"
-    """The aggregation rule: flora, fedit, zeropad, hetlora, flexlora, florist, ffa, rolora, fedex, fedsa, fedsvd, raflora,
-    centralized, standalone."""
-    weighting: Literal["examples", "uniform", "tokens"] = "examples"
-    """What a client counts: its number of training rows, the same as any other, or the tokens that it trained on."""
+    """The aggregation rule: flora, fedit, zeropad, hetlora, flexlora, florist, ffa, rolora, fedex, fedsa, fedsvd, fedsb, raflora,
+    centralized, standalone, full."""
+    weighting: Literal["examples", "uniform", "tokens"] | PositiveFloat = "examples"
+    """What a client counts: its number of training rows, the same as any other, the tokens that it trained on; or a number, the
+    scaling factor of every client."""
+    start: Literal["fresh", "warm", "shared"] | None = None
+    """Strategy flora: where clients start: each from an adapter of its own (fresh, the default), from the best part of the
+    aggregate (warm), or all from one A (shared)."""
+    server_learning_rate: PositiveFloat | None = None
+    """Length of the server's step from what it sent towards what came back (1 where left out)."""
+    absent: Literal["zero", "renormalise"] | None = None
+    """What a client without a layer counts as there (the strategy's own rule where left out)."""
+    mixed_alpha: Literal["refuse", "fold"] | None = None
+    """Averages of clients with different alpha / rank: refuse, or write all at one scale first."""
+    threshold: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Strategy florist: the share of Σ σ² that is kept (0.95 where left out)."""
+    rank_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Strategy hetlora: the share of its ranks that a client goes on with when the others shrink (0.99 where left out)."""
+    rank_penalty: Annotated[float, Field(ge=0)] | None = None
+    """Strategy hetlora: weight of the penalty on the ranks that may go (5e-3 where left out)."""
+    adalora: bool = False
+    """Clients prune their ranks while they train, by importance (AdaLoRA); for strategies that take mixed ranks."""
+    adalora_keep: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """adalora: the share of its ranks that a client keeps, over all layers together."""
+    proximal_mu: Annotated[float, Field(ge=0)] = 0.0
+    """FedProx: weight of half the squared distance of what trains from where it started."""
+    optimizer_state: Literal["reset", "keep"] = "reset"
+    """AdamW's moments of a client from round to round."""
+    downlink: Literal["stack", "compressed", "threshold", "dense", "auto"] = "stack"
+    """How updates that are merged travel down: as they are, at full rank, cut to downlink_tol, as new weights, or layer by layer
+    as the cheapest of these whose error is within downlink_tol."""
+    downlink_tol: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Relative error of an update that threshold and auto may make (0: none but rounding)."""
+    communication_budget_mb: PositiveFloat | None = None
+    """Bytes up and down, of all clients and rounds together, in 10^6: no round begins that would go beyond."""
     lora_r: PositiveInt | list[PositiveInt] = 16
     """Rank: one for all, or a list with one a client."""
     lora_alpha: PositiveFloat | list[PositiveFloat] | Literal["r", "2r"] = "2r"
@@ -97,6 +129,12 @@ class RunConfig(_Strict):
     """Rows held out for the server's evaluation of the global model."""
     per_device_eval_batch_size: PositiveInt = 8
     """Sequences in an evaluation batch."""
+    evaluate: list[str] | Literal["auto"] = "auto"
+    """Beside loss and next-token accuracy: labels (likelihood of each label's word), answers (greedy exact match of the column
+    answer), lm_eval:FOLDER (multiple choice, MMLU's parquet layout), mt_bench:FILE (answers to its questions, written out);
+    auto: labels or answers where rows have such a column."""
+    eval_every: PositiveInt = 1
+    """Evaluate before the first round, after every so many rounds, and after the last."""
     seed: int = 0
     """Decides partition, splits, sampling, fresh adapters, order and dropout."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -133,6 +171,13 @@ class RunConfig(_Strict):
             raise ValueError("merge_into adapter rounds no weight: leave out merge_residual and merge_rounding")
         if self.merge_into == "base" and (self.merge_rank is not None or self.merge_tol):
             raise ValueError("merge_rank and merge_tol compress what merge_into: adapter keeps; add it, or leave them out")
+        if self.downlink_tol and self.downlink not in ("threshold", "auto"):
+            raise ValueError(f"downlink_tol is for downlink threshold or auto; got {self.downlink}. Leave one out")
+        if self.downlink == "threshold" and not self.downlink_tol:
+            raise ValueError("downlink threshold: expected downlink_tol, the relative error that it may make, such as 1e-3")
+        unknown = [] if self.evaluate == "auto" else [e for e in self.evaluate if not re.fullmatch(EVALUATIONS, e)]
+        if unknown:
+            raise ValueError(f"evaluate: expected labels, answers, lm_eval:FOLDER or mt_bench:FILE; got {', '.join(unknown)}")
         for name in ("lora_r", "lora_alpha"):
             value = getattr(self, name)
             if isinstance(value, list) and len(value) not in (1, self.num_clients):
@@ -149,6 +194,12 @@ class RunConfig(_Strict):
             factor = {"r": 1.0, "2r": 2.0}[self.lora_alpha]
             return [factor * rank for rank in self.ranks()]
         return self._per_client(self.lora_alpha)
+
+    def strategy_options(self) -> dict[str, Any]:
+        """The options of the strategy that are given, by the names that flora.aggregate knows."""
+        given = {"start": self.start, "server_lr": self.server_learning_rate, "absent": self.absent,
+                 "mixed_alpha": self.mixed_alpha, "threshold": self.threshold}
+        return {name: value for name, value in given.items() if value is not None}
 
     def _per_client(self, value: Any) -> list[Any]:
         values = value if isinstance(value, list) else [value]

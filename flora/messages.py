@@ -50,6 +50,7 @@ class Broadcast:
     "weight" itself; version counts the base's states within a run.
     since: the version that merge adds to (None: version - 1; less for a client that missed rounds); base: weights (out, in) of
     this version by layer, which take the place of the model's: where they are fewer bytes than what was missed.
+    frame: the seed of Fed-SB's fixed factors (frames.py).
     """
     merge: Adapters | None = None
     start: Adapters | None = None
@@ -58,6 +59,7 @@ class Broadcast:
     run: str = ""
     since: int | None = None
     base: Mapping[str, torch.Tensor] | None = None
+    frame: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def _fields(message: Update | Broadcast) -> dict[str, object]:
                   "metrics": {name: float(value) for name, value in message.metrics.items()}, "client": message.client}
         return fields if message.base is None else {**fields, "base": list(message.base)}
     return {"kind": "broadcast", "version": int(message.version), "train": message.train, "run": message.run,
-            "since": message.since, "base": None if message.base is None else list(message.base)}
+            "since": message.since, "frame": int(message.frame), "base": None if message.base is None else list(message.base)}
 
 
 def encode(message: Update | Broadcast) -> bytes:
@@ -172,7 +174,7 @@ def _decode(data: bytes, expected: Mapping[str, tuple[int, int]] | None, limits:
     _require(fields["train"] in TRAIN, f"train out of {', '.join(TRAIN)}", fields["train"])
     since = None if fields["since"] is None else _count(fields, "since", 0, 1 << 62)
     return Broadcast(parts.get("merge"), parts.get("start"), _count(fields, "version", 0, 1 << 62), fields["train"],
-                     _text(fields, "run"), since, base)
+                     _text(fields, "run"), since, base, _count(fields, "frame", -(1 << 63), 1 << 63))
 
 
 def _weights(fields: Mapping[str, object], tensors: dict[str, torch.Tensor],

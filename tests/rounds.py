@@ -6,10 +6,10 @@ from tiny import adapter, dense
 from flora.adapter import Adapter
 from flora.client import LocalClient
 from flora.cohort import starting_adapters
+from flora.frames import frame
 from flora.messages import Update
 from flora.server import Server
 from flora.strategies import strategy_named
-from flora.strategies.frozen import frame
 
 ROWS = [{"input_ids": [1, 2], "labels": [1, 2]}]
 LAYERS = {"blocks.0.q": (13, 7), "blocks.0.v": (5, 11)}           # odd, wide and tall

@@ -10,7 +10,7 @@ from tiny import ROOT
 LAYERS = [
     ["seeds", "files", "errors", "config", "allocator"], ["checks"], ["segments", "memory"],
     ["kernels.reference", "kernels.native", "kernels.triton"], ["kernels"], ["library"], ["merges"], ["ops"],
-    ["adapter"],
+    ["adapter"], ["frames"],
     ["layer"], ["shared"], ["targets"],
     ["nn"], ["packed"], ["messages"], ["versions"], ["formats"], ["strategies"], ["data"], ["packing"], ["losses"], ["evaluate"],
     ["client", "clock", "budget"], ["steps"], ["member"], ["loop"], ["cohort"], ["group"], ["stream"], ["server"],

@@ -6,8 +6,8 @@ from tiny import dense, same
 
 import flora
 from flora.adapter import Adapter
+from flora.frames import core, frame
 from flora.strategies import STRATEGIES, aggregate
-from flora.strategies.frozen import core, frame
 
 SHARED = {"ffa": ("A", 0), "rolora": ("A", 0), "rolora, A trains": ("B", 1), "fedsvd": ("A", 0), "fedsb": ("B", 0)}
 

@@ -10,11 +10,10 @@ from functools import reduce
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from flora.adapter import Adapter, Adapters, common_scale, fresh_adapters, pad
+from flora.frames import frame
 from flora.messages import Broadcast, Update
-from flora.seeds import derive
 from flora.strategies.base import Strategy, Terms, begin_frozen_A, by_layer, each, needs_sent, one_factor, one_rank, one_scale
 
 
@@ -93,41 +92,25 @@ def aggregate_fedsvd(updates: Sequence[Update], weights: str | float = "examples
     return replace(averaged, start=dict(zip(averaged.start, parts, strict=True)))
 
 
-def frame(shape: tuple[int, int], rank: int, seed: int, layer: str) -> tuple[Tensor, Tensor]:
-    """Fed-SB's fixed factors of a layer, A (r, in) with orthonormal rows and B (out, r) with orthonormal columns, fp32.
-
-    Drawn from the seed and the layer's name, so that nobody sends them: a client needs them to move A by core · frame.
-    Where r exceeds a side, ranks above it are zeros.
-    """
-    draw = torch.Generator().manual_seed(derive(seed, "frame", layer))
-    sides = [torch.linalg.qr(torch.randn(side, rank, generator=draw, dtype=torch.float64)).Q for side in (shape[1], shape[0])]
-    A, B = (torch.nn.functional.pad(Q, (0, rank - Q.shape[1])).float() for Q in sides)
-    return A.T.contiguous(), B
-
-
-def core(a: Adapter, frame_A: Tensor) -> Tensor:
-    """The (r, r) core of an adapter B · diag(s) · (core · A): what Fed-SB's clients need to send."""
-    return a.A @ frame_A.to(a.A).T
-
-
 def begin_fedsb(shapes: Mapping[str, tuple[int, int]], ranks: Sequence[int], seed: int, scale: float = 2.0) -> Broadcast:
     """The fixed B, and A = core · frame with a core of zeros; the core trains."""
     rank = one_rank(ranks)
     drawn = fresh_adapters(shapes, rank, scale * rank, seed)
     start = {name: Adapter(torch.zeros_like(a.A), frame(a.shape, rank, seed, name)[1], a.scale) for name, a in drawn.items()}
-    return Broadcast(start=start, train="core")
+    return Broadcast(start=start, train="core", frame=seed)
 
 
 def aggregate_fedsb(updates: Sequence[Update], weights: str | float = "examples", absent: str = "zero", server_lr: float = 1.0,
-                    mixed_alpha: str = "refuse", sent: Adapters | None = None) -> Broadcast:
+                    mixed_alpha: str = "refuse", seed: int = 0, sent: Adapters | None = None) -> Broadcast:
     """start: B as it is and A = Σ p_k core_k · frame, which is the mean of the A's that clients send: core_k multiplies A outside.
 
-    So ΔW = B diag(s) (core · A), both factors fixed for the run (`frame`); the average of cores is exact. The paper takes the
-    frame from the first gradient; here it is drawn from the seed. Fed-SB, arXiv 2502.15436, section 3.
+    So ΔW = B diag(s) (core · A), both factors fixed for the run (frames.frame, by seed); the average of cores is exact. The
+    paper takes the frame from the first gradient; here it is drawn from the seed. Fed-SB, arXiv 2502.15436, section 3.
     """
     needs_sent(weights, server_lr, sent)
     layers = by_layer(updates, weights, absent, server_lr, sent)
-    return Broadcast(start={name: _averaged(name, terms, "A", mixed_alpha) for name, terms in layers.items()}, train="core")
+    start = {name: _averaged(name, terms, "A", mixed_alpha) for name, terms in layers.items()}
+    return Broadcast(start=start, train="core", frame=seed)
 
 
 FFA = Strategy("ffa", "one A for all, frozen; averages B: exact", "FFA-LoRA, arXiv 2403.12313", begin_frozen_A, aggregate_ffa)
