@@ -3,27 +3,29 @@
 Tensors are named `<part>/<layer>/<A|B|scale>`; everything else is JSON under the metadata key `flora`: a format version, the
 kind, the fields, and a SHA-256 digest over the fields, the tensor table and the tensor bytes. Nothing in a message can run code.
 
+What the receiver can make by itself does not travel: factors of zeros (a B at the start, one that stays at home), and, where both
+ends hold a broadcast (`given`: the one that an update was trained on, the one before a broadcast), factors that did not change
+since, such as FFA's A; of Fed-SB's factors, only the (r, r) core.
+
 `decode` trusts nothing: sizes are bounded before anything is allocated, a flipped bit fails the digest, and adapters must
 have finite numbers, fitting shapes and ranks within the limits. Whatever is wrong, it raises MessageError and nothing else.
 """
-import hashlib
-import json
 import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from flora import wire
 from flora.adapter import Adapter, Adapters
 from flora.errors import AdapterError, MessageError
+from flora.frames import core_in, frame
+from flora.wire import FORMAT, require
 
-FORMAT = 1
 TRAIN = ("AB", "A", "B", "core", "weight")
-_FACTORS = ("A", "B", "scale")
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,6 @@ class Limits:
     max_examples: int = 1 << 40
 
 
-def _digest(fields: Mapping[str, object], table: Mapping[str, object], data: bytes | memoryview) -> str:
-    digest = hashlib.sha256(json.dumps([fields, table], sort_keys=True).encode())
-    digest.update(data)
-    return digest.hexdigest()
-
-
 def _parts(message: Update | Broadcast) -> dict[str, Adapters | None]:
     if isinstance(message, Update):
         return {"adapters": message.adapters}
@@ -92,35 +88,75 @@ def _fields(message: Update | Broadcast) -> dict[str, object]:
             "since": message.since, "frame": int(message.frame), "base": None if message.base is None else list(message.base)}
 
 
-def encode(message: Update | Broadcast) -> bytes:
-    """The message as safetensors bytes, the same bytes for the same message. Factors keep their dtype; they are read on the CPU."""
+def _travels(message: Update | Broadcast, given: Broadcast | None) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    """The tensors that travel, and what the fields say of those that do not."""
+    tensors: dict[str, torch.Tensor] = {}
+    zeros: dict[str, list[int]] = {}
+    held: list[str] = []
+    cores: list[str] = []
+    seed = _frame_of(message, given)
     parts = {part: adapters for part, adapters in _parts(message).items() if adapters is not None}
-    tensors = {f"{part}/{layer}/{factor}": getattr(adapter, factor).detach().cpu().clone(memory_format=torch.contiguous_format)
-               for part, adapters in parts.items() for layer, adapter in adapters.items() for factor in _FACTORS}
-    dense = message.base or {}
-    tensors |= {f"base/{layer}": w.detach().cpu().clone(memory_format=torch.contiguous_format) for layer, w in dense.items()}
-    raw = safetensors.torch.save(tensors)
-    size = struct.unpack("<Q", raw[:8])[0]
-    table, data = json.loads(raw[8:8 + size]), memoryview(raw)[8 + size:]
-    fields = {"format": FORMAT, **_fields(message), "parts": {part: list(adapters) for part, adapters in parts.items()}}
-    header = _header_bytes({**fields, "digest": _digest(fields, table, data)}, table)
-    return b"".join((struct.pack("<Q", len(header)), header, data))
+    for part, adapters in parts.items():
+        known = (given.start or {}) if given is not None and part != "merge" else {}
+        for layer, a in adapters.items():
+            where = f"{part}/{layer}/"
+            tensors[where + "scale"] = a.scale
+            if part != "merge" and seed is not None and (small := core_in(a, seed, layer)) is not None:
+                cores.append(where)
+                if bool(small.any()):
+                    tensors[where + "core"] = small
+                continue
+            for name, factor, before in (("A", a.A, _cut(known.get(layer), "A", a.rank)),
+                                         ("B", a.B, _cut(known.get(layer), "B", a.rank))):
+                if not bool(factor.any()):
+                    zeros[where + name] = [*factor.shape, wire.DTYPES[factor.dtype]]
+                elif before is not None and before.dtype == factor.dtype and torch.equal(before.cpu(), factor.cpu()):
+                    held.append(where + name)
+                else:
+                    tensors[where + name] = factor
+    tensors |= {f"base/{layer}": w for layer, w in (message.base or {}).items()}
+    needs = given is not None and bool(held or (cores and isinstance(message, Update)))
+    fields = {"format": FORMAT, **_fields(message), "parts": {part: list(adapters) for part, adapters in parts.items()},
+              "zeros": zeros, "held": held, "cores": cores, "given": [given.run, int(given.version)] if needs else None}
+    return wire.ordered(tensors), fields
 
 
-def _header_bytes(fields: Mapping[str, object], table: Mapping[str, object]) -> bytes:
-    """The one way to write a header: so a byte that changed is found even where JSON reads the same (a space, 1e5 and 1E5)."""
-    header = json.dumps({"__metadata__": {"flora": json.dumps(fields, sort_keys=True)}, **table}).encode()
-    return header + b" " * (-len(header) % 8)
+def _frame_of(message: Update | Broadcast, given: Broadcast | None) -> int | None:
+    """The seed of the frame that these adapters lie in; None where they lie in none."""
+    sent = message if isinstance(message, Broadcast) else given
+    return sent.frame if sent is not None and sent.train == "core" else None
+
+
+def _cut(a: Adapter | None, factor: str, rank: int) -> torch.Tensor | None:
+    """A factor of the first `rank` ranks; None where there are not so many."""
+    if a is None or a.rank < rank:
+        return None
+    return a.A[:rank] if factor == "A" else a.B[:, :rank]
+
+
+def encode(message: Update | Broadcast, given: Broadcast | None = None) -> bytes:
+    """The message as safetensors bytes, the same bytes for the same message. Factors keep their dtype; they are read on the CPU.
+
+    given: the broadcast that the receiver holds too and decodes with; None: the message stands alone.
+    """
+    tensors, fields = _travels(message, given)
+    return wire.write(tensors, fields)
+
+
+def size(message: Update | Broadcast, given: Broadcast | None = None) -> int:
+    """len(encode(message, given)), without the bytes being made."""
+    return wire.size(*_travels(message, given))
 
 
 def decode(data: bytes, expected: Mapping[str, tuple[int, int]] | None = None,
-           limits: Limits | None = None) -> Update | Broadcast:
-    """The message in these bytes, checked. expected: (out, in) by layer name: all adapters must be for these layers.
+           limits: Limits | None = None, given: Broadcast | None = None) -> Update | Broadcast:
+    """The message in these bytes, checked. expected: (out, in) by layer name: all adapters must be for these layers; given: the
+    broadcast that it was encoded with.
 
     Raises MessageError, and nothing else, for whatever is not a whole, sound message within the limits.
     """
     try:
-        return _decode(data, expected, limits or Limits())
+        return _Reader(data, expected, limits or Limits(), given).message()
     except MessageError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError, RuntimeError,
@@ -129,108 +165,133 @@ def decode(data: bytes, expected: Mapping[str, tuple[int, int]] | None = None,
                            f"{type(error).__name__}: {str(error)[:200]}") from error
 
 
-def _require(good: bool, expected: str, got: object) -> None:
-    if not good:
-        raise MessageError(f"expected {expected}; got {str(got)[:200]}. The message is refused.")
+class _Reader:
+    """One message as it is read: its fields, and its tensors, which are taken out one by one."""
 
+    def __init__(self, data: bytes, expected: Mapping[str, tuple[int, int]] | None, limits: Limits, given: Broadcast | None):
+        self.expected, self.limits = expected, limits
+        self.fields, self.tensors = wire.read(data, limits.max_bytes, limits.max_header_bytes)
+        self.given = self._given(given)
 
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    keys = dict(pairs)
-    _require(len(keys) == len(pairs), "every key once in the header", "a key twice")
-    return keys
+    def _given(self, given: Broadcast | None) -> Broadcast | None:
+        """The broadcast that this message was encoded with."""
+        if self.fields["given"] is None:
+            return given if self.fields["kind"] == "update" else None
+        require(given is not None, "to be told the broadcast that this message was encoded with (given=)", "none")
+        require(self.fields["given"] == [given.run, given.version], "a message encoded with the broadcast given "
+                f"({given.run!r}, version {given.version})", f"one encoded with {self.fields['given']}")
+        return given
 
+    def message(self) -> Update | Broadcast:
+        fields = self.fields
+        require(fields["kind"] in ("update", "broadcast"), "an update or a broadcast", fields["kind"])
+        known = {"adapters"} if fields["kind"] == "update" else {"merge", "start"}
+        require(set(fields["parts"]) <= known, f"no parts but {', '.join(sorted(known))}", sorted(fields["parts"]))
+        if fields["kind"] == "broadcast":
+            require(fields["train"] in TRAIN, f"train out of {', '.join(TRAIN)}", fields["train"])
+        parts = {part: self._adapters(part, layers) for part, layers in fields["parts"].items()}
+        base = self._weights(set(parts.get("merge") or ()))
+        left = [*self.tensors, *fields["zeros"], *fields["held"], *fields["cores"]]
+        require(not left, "only tensors of the layers listed", sorted(left)[:3])
+        if fields["kind"] == "update":
+            return Update(parts["adapters"], self._count("num_examples", 1, self.limits.max_examples), _metrics(fields["metrics"]),
+                          self._count("base_version", 0, 1 << 62), self._text("client"), base)
+        since = None if fields["since"] is None else self._count("since", 0, 1 << 62)
+        return Broadcast(parts.get("merge"), parts.get("start"), self._count("version", 0, 1 << 62), fields["train"],
+                         self._text("run"), since, base, self._count("frame", -(1 << 63), 1 << 63))
 
-def _header(data: bytes, limits: Limits) -> dict:
-    """The fields of the header, sizes and digest checked."""
-    _require(isinstance(data, (bytes, bytearray, memoryview)), "bytes", type(data).__name__)
-    view = memoryview(data).cast("B")
-    _require(8 <= len(view) <= limits.max_bytes, f"8 to {limits.max_bytes:,} bytes", f"{len(view):,}")
-    size = struct.unpack("<Q", view[:8])[0]
-    _require(size <= min(limits.max_header_bytes, len(view) - 8), f"a header of at most {limits.max_header_bytes:,} bytes",
-             f"{size:,} in a message of {len(view):,}")
-    header = json.loads(bytes(view[8:8 + size]), object_pairs_hook=_unique)
-    _require(isinstance(header, dict), "a JSON object as header", type(header).__name__)
-    fields = json.loads(header.pop("__metadata__")["flora"], object_pairs_hook=_unique)
-    _require(fields.get("format") == FORMAT, f"format {FORMAT}", fields.get("format"))
-    _require(_header_bytes(fields, header) == view[8:8 + size], "a header as flora writes it", "another spelling of it")
-    digest = fields.pop("digest")
-    body = view[8 + size:]
-    _require(_digest(fields, header, body) == digest, "the sender's SHA-256 digest", "another: it changed on the way")
-    return fields
+    def _of_layer(self, layer: str, shape: tuple[int, ...]) -> None:
+        """Refuses layers and (out, in) that are not expected."""
+        if self.expected is not None:
+            require(layer in self.expected, f"layers of this model ({len(self.expected)} of them)", layer)
+            require(tuple(shape) == tuple(self.expected[layer]), f"{layer}: (out, in) = {tuple(self.expected[layer])}", shape)
 
+    def _weights(self, merged: set[str]) -> dict[str, torch.Tensor] | None:
+        """The dense weights of a message."""
+        layers = self.fields.get("base")
+        if layers is None:
+            return None
+        require(isinstance(layers, list) and len(layers) > 0 and not merged & set(layers),
+                "weights of at least one layer, and of none that is merged too", layers)
+        out = {}
+        for layer in layers:
+            weight = out[layer] = self.tensors.pop(f"base/{layer}")
+            require(weight.is_floating_point() and weight.dim() == 2 and bool(torch.isfinite(weight).all()),
+                    f"{layer}: a weight (out, in) of finite floating-point numbers", f"{weight.dtype} {tuple(weight.shape)}")
+            self._of_layer(layer, tuple(weight.shape))
+        return out
 
-def _decode(data: bytes, expected: Mapping[str, tuple[int, int]] | None, limits: Limits) -> Update | Broadcast:
-    fields = _header(data, limits)
-    _require(fields["kind"] in ("update", "broadcast"), "an update or a broadcast", fields["kind"])
-    tensors = safetensors.torch.load(bytes(data))
-    parts = {part: _adapters(part, layers, tensors, expected, limits) for part, layers in fields["parts"].items()}
-    base = _weights(fields, tensors, expected)
-    _require(not tensors, "only tensors of the layers listed", sorted(tensors)[:3])
-    known = {"adapters"} if fields["kind"] == "update" else {"merge", "start"}
-    _require(set(parts) <= known, f"no parts but {', '.join(sorted(known))}", sorted(parts))
-    if fields["kind"] == "update":
-        return Update(parts["adapters"], _count(fields, "num_examples", 1, limits.max_examples), _metrics(fields["metrics"]),
-                      _count(fields, "base_version", 0, 1 << 62), _text(fields, "client"), base)
-    _require(fields["train"] in TRAIN, f"train out of {', '.join(TRAIN)}", fields["train"])
-    since = None if fields["since"] is None else _count(fields, "since", 0, 1 << 62)
-    return Broadcast(parts.get("merge"), parts.get("start"), _count(fields, "version", 0, 1 << 62), fields["train"],
-                     _text(fields, "run"), since, base, _count(fields, "frame", -(1 << 63), 1 << 63))
+    def _adapters(self, part: str, layers: list[str]) -> dict[str, Adapter]:
+        """The adapters of one part."""
+        out = {}
+        for layer in layers:
+            where = f"{part}/{layer}/"
+            scale = self._finite(where + "scale", self.tensors.pop(where + "scale"))
+            require(scale.dtype == torch.float32 and scale.dim() == 1, f"{layer}: scale fp32 (rank,)",
+                    f"{scale.dtype} {tuple(scale.shape)}")
+            require(len(scale) <= self.limits.max_rank, f"{layer}: a rank of at most {self.limits.max_rank}", len(scale))
+            if where in self.fields["cores"]:
+                A, B = self._framed(where, layer, len(scale))
+            else:
+                A, B = (self._factor(where, layer, name, len(scale)) for name in ("A", "B"))
+            try:
+                out[layer] = Adapter(A, B, scale)
+            except AdapterError as error:
+                raise MessageError(f"{layer}: {error}. The message is refused.") from error
+            self._of_layer(layer, out[layer].shape)
+        return out
 
+    def _finite(self, name: str, t: torch.Tensor) -> torch.Tensor:
+        require(t.is_floating_point() and bool(torch.isfinite(t).all()), f"finite floating-point numbers in {name}",
+                f"{name} of {t.dtype}" + (" with NaN or infinity" if t.is_floating_point() else ""))
+        return t
 
-def _weights(fields: Mapping[str, object], tensors: dict[str, torch.Tensor],
-             expected: Mapping[str, tuple[int, int]] | None) -> dict[str, torch.Tensor] | None:
-    """The dense weights of a message, taken out of tensors."""
-    if fields.get("base") is None:
-        return None
-    _require(isinstance(fields["base"], list) and len(fields["base"]) > 0 and "merge" not in fields["parts"],
-             "weights of at least one layer, and no merge beside them", fields["base"])
-    out = {}
-    for layer in fields["base"]:
-        weight = out[layer] = tensors.pop(f"base/{layer}")
-        _require(weight.is_floating_point() and weight.dim() == 2 and bool(torch.isfinite(weight).all()),
-                 f"{layer}: a weight (out, in) of finite floating-point numbers", f"{weight.dtype} {tuple(weight.shape)}")
-        if expected is not None:
-            _require(layer in expected, f"layers of this model ({len(expected)} of them)", layer)
-            _require(tuple(weight.shape) == tuple(expected[layer]), f"{layer}: (out, in) = {tuple(expected[layer])}",
-                     tuple(weight.shape))
-    return out
+    def _factor(self, where: str, layer: str, name: str, rank: int) -> torch.Tensor:
+        """A factor that travelled, or is zeros (one number, expanded: nothing of the size claimed is allocated), or is held."""
+        if where + name in self.fields["zeros"]:
+            *shape, dtype = self.fields["zeros"].pop(where + name)
+            require(dtype in wire.BY_NAME, f"{where + name}: a dtype out of {', '.join(wire.BY_NAME)}", dtype)
+            require(len(shape) == 2 and all(type(n) is int and n >= 0 for n in shape) and 8 * shape[0] * shape[1]
+                    <= self.limits.max_bytes, f"{where + name}: (rows, columns) of at most {self.limits.max_bytes:,} bytes", shape)
+            return torch.zeros((), dtype=wire.BY_NAME[dtype]).expand(shape)
+        if where + name in self.fields["held"]:
+            self.fields["held"].remove(where + name)
+            start = (self.given.start or {}) if self.given is not None else {}
+            factor = _cut(start.get(layer), name, rank)
+            require(factor is not None, f"{where + name}: a factor of the broadcast given, of rank {rank} at least", "none")
+            return factor
+        return self._finite(where + name, self.tensors.pop(where + name))
 
+    def _framed(self, where: str, layer: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of an adapter of which the core travelled."""
+        self.fields["cores"].remove(where)
+        start = (self.given.start or {}) if self.given is not None else {}
+        shapes = self.expected if self.expected is not None else {name: a.shape for name, a in start.items()}
+        require(layer in shapes, f"{layer}: to be told its (out, in) (expected= or given=), since only a core travels", "neither")
+        shape, is_update = tuple(shapes[layer]), self.fields["kind"] == "update"
+        require(not is_update or self.given is not None, "to be told the broadcast that it was trained on (given=)", "none")
+        require(rank <= 4 * max(shape), f"{layer}: a core of rank {4 * max(shape)} at most", rank)
+        frame_A, frame_B = frame(shape, rank, self.given.frame if is_update else self._count("frame", -(1 << 63), 1 << 63), layer)
+        small = self.tensors.pop(where + "core", None)
+        if small is None:
+            return torch.zeros_like(frame_A), frame_B
+        self._finite(where + "core", small)
+        require(small.dtype == torch.float32 and tuple(small.shape) == (rank, rank), f"{layer}: a core fp32 ({rank}, {rank})",
+                f"{small.dtype} {tuple(small.shape)}")
+        return small @ frame_A, frame_B
 
-def _adapters(part: str, layers: list[str], tensors: dict[str, torch.Tensor], expected: Mapping[str, tuple[int, int]] | None,
-              limits: Limits) -> dict[str, Adapter]:
-    """The adapters of one part, taken out of tensors."""
-    out = {}
-    for layer in layers:
-        A, B, scale = (tensors.pop(f"{part}/{layer}/{factor}") for factor in _FACTORS)
-        for name, tensor in zip(_FACTORS, (A, B, scale), strict=True):
-            _require(tensor.is_floating_point() and bool(torch.isfinite(tensor).all()), f"finite floating-point numbers in {layer}",
-                     f"{name} of {tensor.dtype}" + (" with NaN or infinity" if tensor.is_floating_point() else ""))
-        _require(scale.dtype == torch.float32 and scale.dim() == 1, f"{layer}: scale fp32 (rank,)",
-                 f"{scale.dtype} {tuple(scale.shape)}")
-        try:
-            out[layer] = Adapter(A, B, scale)
-        except AdapterError as error:
-            raise MessageError(f"{layer}: {error}. The message is refused.") from error
-        _require(out[layer].rank <= limits.max_rank, f"{layer}: a rank of at most {limits.max_rank}", out[layer].rank)
-        if expected is not None:
-            _require(layer in expected, f"layers of this model ({len(expected)} of them)", layer)
-            _require(out[layer].shape == tuple(expected[layer]), f"{layer}: (out, in) = {tuple(expected[layer])}", out[layer].shape)
-    return out
+    def _count(self, name: str, low: int, high: int) -> int:
+        value = self.fields[name]
+        require(type(value) is int and low <= value <= high, f"{name} between {low} and {high}", value)
+        return value
 
-
-def _count(fields: Mapping[str, object], name: str, low: int, high: int) -> int:
-    value = fields[name]
-    _require(type(value) is int and low <= value <= high, f"{name} between {low} and {high}", value)
-    return value
-
-
-def _text(fields: Mapping[str, object], name: str) -> str:
-    _require(isinstance(fields[name], str), f"{name} as text", type(fields[name]).__name__)
-    return fields[name]
+    def _text(self, name: str) -> str:
+        require(isinstance(self.fields[name], str), f"{name} as text", type(self.fields[name]).__name__)
+        return self.fields[name]
 
 
 def _metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     for name, value in metrics.items():
-        _require(isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
-                 f"a finite number as metric {name}", value)
+        require(isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
+                f"a finite number as metric {name}", value)
     return dict(metrics)

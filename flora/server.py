@@ -5,8 +5,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from flora.adapter import Adapters, all_layers, stack
+from flora.adapter import Adapter, Adapters, all_layers, fresh_adapters, stack, truncate
 from flora.client import LocalClient
+from flora.downlink import Downlink, lighter
 from flora.errors import FloraError, StrategyError
 from flora.messages import Broadcast, Update
 from flora.seeds import derive
@@ -25,12 +26,13 @@ class Server:
     options: of the strategy's aggregate, such as start="warm"; what a run knows is filled in (weights, ranks, scale, seed, sent:
     the start that the round trained from).
     stream: takes updates in as they come, in bounded memory, with strategy flora; sums then depend on the order of arrival in
-    their last bits, and the stream's own weighting holds.
+    their last bits, and the stream's own weighting holds. downlink: the form in which merges are sent (None: the stack).
+    downlink_error: relative error of that in the last round; before: the broadcast that was due before this one.
     """
 
     def __init__(self, strategy: str, clients: Sequence[LocalClient], broadcast: Broadcast, fraction: float = 1.0,
                  weighting: str = "examples", seed: int = 0, stream: Stream | None = None,
-                 options: Mapping[str, object] | None = None):
+                 options: Mapping[str, object] | None = None, downlink: Downlink | None = None):
         self.strategy = strategy_named(strategy)
         if stream is not None and strategy != "flora":
             raise StrategyError(f"expected strategy flora with a stream, which sums ΔW; got {strategy}. Leave the stream out.")
@@ -38,6 +40,8 @@ class Server:
             raise StrategyError(f"expected no options with a stream, which has its own; got {sorted(options)}. Leave one out.")
         self.clients, self.fraction, self.weighting, self.seed = list(clients), fraction, weighting, seed
         self.broadcast, self.stream, self.options = broadcast, stream, dict(options or {})
+        self.downlink, self.downlink_error = downlink or Downlink(), 0.0
+        self.before: Broadcast | None = None
         self._received: dict[str, Update] = {}
         self._place = {client.name: i for i, client in enumerate(self.clients)}
         self._merges: dict[int, Adapters] = {} if broadcast.merge is None else {broadcast.version: broadcast.merge}
@@ -69,10 +73,11 @@ class Server:
         if self.stream:
             self.stream.discard()
 
-    def close(self, updates: Sequence[Update] = ()) -> Broadcast:
+    def close(self, updates: Sequence[Update] = (), weights: Mapping[str, Tensor] | None = None) -> Broadcast:
         """Aggregates what was received, and these, into the next broadcast. Without any (all failed) the broadcast stays.
 
-        Raises StrategyError as receive does; then nothing of these counts, and what was received before is still there.
+        weights: the base's by layer, before this merge, for a downlink that may send them. Raises StrategyError as receive does;
+        then nothing of these counts, and what was received before is still there.
         """
         if self.stream:
             return self._close_stream(updates)
@@ -87,8 +92,9 @@ class Server:
             return self.broadcast
         ordered = sorted(self._received.values(), key=lambda update: self._place[update.client])
         following = aggregate(ordered, self.strategy.name, **self._facts(), **self.options)
+        following, self.downlink_error = lighter(replace(following, run=self.broadcast.run), self.downlink, weights)
         self._received = {}
-        return self._send(replace(following, run=self.broadcast.run))
+        return self._send(following)
 
     def _facts(self) -> dict[str, object]:
         """The options of the strategy that the run itself decides, but for those that were given."""
@@ -96,6 +102,24 @@ class Server:
                  "scale": sum(client.alpha / client.rank for client in self.clients) / len(self.clients),
                  "sent": self.broadcast.start}
         return {name: fact for name, fact in facts.items() if name in self.strategy.options and name not in self.options}
+
+    def rehearse(self) -> None:
+        """Aggregates updates of one small layer that have the ranks and scales of this run's clients.
+
+        Raises StrategyError for what the strategy would refuse after a round of training: mixed ranks, mixed alpha, options.
+        """
+        if self.strategy.dense:
+            return
+        shapes = {"rehearsal": (4, 4)}
+        start = self.strategy.begin(shapes, [client.rank for client in self.clients], self.seed).start
+        updates = []
+        for client in self.clients:
+            held = start or fresh_adapters(shapes, client.rank, client.alpha, client.name)
+            cut = {name: truncate(a, client.rank) for name, a in held.items()}
+            own = {name: Adapter(a.A, a.B, client.alpha / client.rank) for name, a in cut.items()}
+            updates.append(Update(own, len(client.rows), {"tokens": 1}, client=client.name))
+        aggregate(updates, self.strategy.name, **{**self._facts(), "sent": start} if "sent" in self.strategy.options
+                  else self._facts(), **self.options)
 
     def _close_stream(self, updates: Sequence[Update]) -> Broadcast:
         """The same for a stream, which cannot give an update back: an error discards the whole round."""
@@ -109,7 +133,7 @@ class Server:
 
     def _send(self, broadcast: Broadcast) -> Broadcast:
         """Makes this the broadcast that is due; remembers merges, up to HISTORY times the numbers in the weights they are for."""
-        self.broadcast = broadcast
+        self.before, self.broadcast = self.broadcast, broadcast
         if broadcast.base is not None:
             self._merges = {}
         if broadcast.merge is not None:
@@ -130,7 +154,7 @@ class Server:
         if now.merge is None and now.base is None and not self._merges:
             return now                                              # a strategy that never merges: nothing was missed
         missed = [merge for number, merge in sorted(self._merges.items()) if number > version]
-        if now.base is not None or version >= now.version - 1:
+        if (now.base is not None and now.merge is None) or version >= now.version - 1:
             return now
         whole = bool(missed) and set(range(version + 1, now.version + 1)) <= set(self._merges)
         if weights is not None and (not whole or _bytes(missed) > sum(w.nbytes for w in weights.values())):
@@ -139,6 +163,12 @@ class Server:
             raise StrategyError(f"expected the merges of versions {version + 1} to {now.version}; this server holds "
                                 f"{sorted(self._merges) or 'none'}. Give weights: those of the server's model.")
         return replace(now, merge=concatenated(missed), since=version)
+
+
+def for_client(broadcast: Broadcast, rank: int) -> Broadcast:
+    """The broadcast as it travels to a client of this rank: it needs no more ranks of the start than it trains."""
+    start = broadcast.start and {name: truncate(a, rank) for name, a in broadcast.start.items()}
+    return replace(broadcast, start=start)
 
 
 def concatenated(merges: Sequence[Adapters]) -> dict[str, object]:

@@ -54,15 +54,15 @@ def version_of(model: nn.Module, run: str = "") -> int:
 def bring_to(model: nn.Module, broadcast: Broadcast, how: MergeConfig | None = None) -> bool:
     """Brings the model's base to the broadcast's version: once per run and version. Returns whether anything was written.
 
-    A broadcast with `base` replaces the weights, whatever version they had; one with `merge` adds to those of version `since`.
+    A broadcast with `base` replaces weights, whatever version they had; one with `merge` adds to those of version `since`.
     Raises RunError where versions between were missed, or the base is already past this one.
     """
     how = how or MergeConfig()
     versions: dict[str, tuple[int, bool]] = model.__dict__.setdefault("_flora_versions", {})
     have, changed = versions.get(broadcast.run, (0, False))
     news = broadcast.merge is not None or broadcast.base is not None
-    if broadcast.merge is not None and broadcast.base is not None:
-        raise RunError("expected a broadcast with merge or with base, which holds what was merged; got both")
+    if both := set(broadcast.merge or ()) & set(broadcast.base or ()):
+        raise RunError(f"expected every layer in merge or in base, which holds what was merged; got {sorted(both)[0]} in both")
     if broadcast.version < have and (broadcast.run or news):
         raise RunError(f"the base of this model is at version {have} of run {broadcast.run!r}; got a broadcast of version "
                        f"{broadcast.version}. Give another run its own name (Broadcast.run), or a model of its own.")
@@ -75,11 +75,11 @@ def bring_to(model: nn.Module, broadcast: Broadcast, how: MergeConfig | None = N
         return False
     if broadcast.version == have and changed:
         return False
+    if broadcast.merge is not None:
+        _merge(model, broadcast, have, how)
     if broadcast.base is not None:
         load_weights(model, broadcast.base)
         model._flora_merged = True
-    if broadcast.merge is not None:
-        _merge(model, broadcast, have, how)
     versions[broadcast.run] = (broadcast.version, True)
     return True
 

@@ -8,11 +8,12 @@ import pytest
 from tiny import ROOT
 
 LAYERS = [
-    ["seeds", "files", "errors", "config", "allocator"], ["checks"], ["segments", "memory"],
+    ["seeds", "files", "errors", "config", "allocator", "parallel"], ["checks"], ["segments", "memory"],
     ["kernels.reference", "kernels.native", "kernels.triton"], ["kernels"], ["library"], ["merges"], ["ops"],
     ["adapter"], ["frames"],
     ["layer"], ["shared"], ["targets"],
-    ["nn"], ["packed"], ["messages"], ["versions"], ["formats"], ["strategies"], ["data"], ["packing"], ["losses"], ["evaluate"],
+    ["nn"], ["packed"], ["wire"], ["messages"], ["downlink"], ["versions"], ["formats"], ["strategies"],
+    ["data"], ["packing"], ["losses"], ["evaluate"],
     ["client", "clock", "budget"], ["steps"], ["member"], ["loop"], ["cohort"], ["group"], ["stream"], ["server"],
     ["checkpoint"], ["report"], ["engines.prepare"], ["engines.local", "engines.flower", "engines.nvflare"], ["engines"],
     ["integrations"], ["doctor", "tuning", "shards"], ["cli"]]

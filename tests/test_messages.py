@@ -106,8 +106,8 @@ def test_dense_weights_and_since_come_back():
     assert (got.since, got.version, list(got.base)) == (2, 5, ["a", "b"])
     assert all(torch.equal(got.base[n], w) and got.base[n].dtype == w.dtype for n, w in DENSE.base.items())
     assert decode(encode(Broadcast())).base is None
-    for broadcast in (Broadcast(base={}), Broadcast(base=DENSE.base, merge=DENSE.start)):
-        refused(encode(broadcast), "weights of at least one layer, and no merge")
+    for broadcast in (Broadcast(base={}), Broadcast(base=DENSE.base, merge={"a": adapter(1, (2, 3))})):
+        refused(encode(broadcast), "weights of at least one layer, and of none")
 
 
 def test_dense_weights_that_lie_are_refused():
@@ -115,8 +115,10 @@ def test_dense_weights_that_lie_are_refused():
     for changes in ({"since": -1}, {"since": "2"}, {"since": True}, {"base": ["a"]}, {"base": ["a", "b", "c"]},
                     {"base": ["a", "a", "b"]}, {"base": 3}, {"base": [["a"]]}):
         refused(join(header, {**fields, **changes}, body))
-    for bad in (torch.ones(2), torch.ones(2, 3).long(), torch.full((2, 3), float("inf"))):
+    for bad in (torch.ones(2), torch.full((2, 3), float("inf"))):
         refused(encode(Broadcast(base={"a": bad})), "a: a weight")
+    with pytest.raises(MessageError, match=r"base/a of a dtype out of .*got torch\.int64"):
+        encode(Broadcast(base={"a": torch.ones(2, 3).long()}))
     for expected in ({"b": (2, 3)}, {"a": (3, 2)}):
         with pytest.raises(MessageError, match="expected"):
             decode(encode(Broadcast(base={"a": torch.ones(2, 3)})), expected=expected)

@@ -211,7 +211,7 @@ def test_a_version_cannot_pass_over_merges_and_a_base_comes_without_a_merge():
     with pytest.raises(RunError, match="merges between are missing"):
         bring_to(model, Broadcast(version=9, run="r"))
     before = state(model)
-    with pytest.raises(RunError, match="got both"):
+    with pytest.raises(RunError, match="in both"):
         bring_to(model, Broadcast(merge=merges(2), base=nn.weights(llama(seed=3), list(LAYERS)), version=2, run="r"))
     assert same_state(model, before) and version_of(model, "r") == 1 and not bring_to(model, Broadcast(version=2, run="r"))
 

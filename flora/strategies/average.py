@@ -10,6 +10,7 @@ import torch
 from flora.adapter import Adapter, Adapters, combine, norm, normalised, pad
 from flora.errors import StrategyError
 from flora.messages import Broadcast, Update
+from flora.parallel import each
 from flora.strategies.base import (
     Strategy,
     Terms,
@@ -17,7 +18,6 @@ from flora.strategies.base import (
     begin_one_rank,
     begin_padded,
     by_layer,
-    each,
     needs_sent,
     one_scale,
 )

@@ -7,9 +7,8 @@ So Σ p_k ΔW_k + (1 - Σ p_k) ΔW_sent is a step from the start towards the cli
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ from flora.adapter import Adapter, Adapters, all_layers, fresh_adapters, normali
 from flora.errors import StrategyError
 from flora.messages import Broadcast, Update
 
-Result = TypeVar("Result")
 Terms = list[tuple[Adapter, float]]
 
 
@@ -168,23 +166,6 @@ def start_scale(terms: Terms, scale: float | None) -> float:
     values = [(float(a.scale.abs().double().mean()), abs(p)) for a, p in terms]
     first = values[0][0]
     return first if all(v == first for v, _ in values) else sum(v * p for v, p in values) / sum(p for _, p in values)
-
-
-def each(function: Callable[[str], Result], layers: Mapping[str, object]) -> list[Result]:
-    """function(name) of every layer; without a GPU a layer a core, each by one thread: QRs this small gain nothing from more.
-
-    Two threads in each took 21 s for the layers of a model of 135M on two cores that another process shared, one thread in all
-    2.4 s, this 1.9 s. torch's number of threads is one for the process while it runs.
-    """
-    threads = torch.get_num_threads()
-    if threads == 1 or torch.cuda.is_available():
-        return [function(name) for name in layers]
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(function, layers))
-    finally:
-        torch.set_num_threads(threads)
 
 
 def leave_home(adapters: Adapters, home: str) -> dict[str, Adapter]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from flora.adapter import Adapter, Adapters, compress, rescale, stack
 from flora.messages import Broadcast, Update
+from flora.parallel import each
 from flora.strategies.average import averages
 from flora.strategies.base import (
     Strategy,
@@ -16,7 +17,6 @@ from flora.strategies.base import (
     begin_fresh,
     begin_one_rank,
     by_layer,
-    each,
     needs_sent,
     one_of,
     shared_start,

@@ -14,7 +14,8 @@ import torch
 from flora.adapter import Adapter, Adapters, common_scale, fresh_adapters, pad
 from flora.frames import frame
 from flora.messages import Broadcast, Update
-from flora.strategies.base import Strategy, Terms, begin_frozen_A, by_layer, each, needs_sent, one_factor, one_rank, one_scale
+from flora.parallel import each
+from flora.strategies.base import Strategy, Terms, begin_frozen_A, by_layer, needs_sent, one_factor, one_rank, one_scale
 
 
 def _averaged(layer: str, terms: Terms, trained: Literal["A", "B"], mixed_alpha: str) -> Adapter:
