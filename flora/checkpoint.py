@@ -29,6 +29,7 @@ from flora.files import safe_name, staged, write_text
 from flora.formats import save_peft
 from flora.messages import Broadcast, Limits, Update, decode, encode
 from flora.nn import accumulated, residuals
+from flora.server import Server
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,19 +42,29 @@ STATES = ("running", "interrupted", "failed", "finished")
 @dataclass(frozen=True)
 class Resumed:
     """Where a run goes on: the next round, the broadcast that is due, the base that it stands on (None: the original), what stayed
-    at home, by client, and by layer what the base's merges left (residuals) or what is kept beside it."""
+    at home, by client, by layer what the base's merges left (residuals) or what is kept beside it, the clients' ranks now, and
+    their optimizers' moments where those are kept."""
     number: int
     broadcast: Broadcast
     base: Path | None
     home: dict[str, Adapters]
     residuals: dict[str, Tensor]
     beside: Adapters
+    ranks: dict[str, int]
+    optimizers: dict[str, dict[str, Tensor]] | None
 
 
 def _save_pretrained(model: "PreTrainedModel", folder: Path) -> None:
     """As transformers writes it, without its progress bar amid ours."""
     with no_progress_bars():
         model.save_pretrained(folder)
+
+
+def _moments(folder: Path) -> dict[str, dict[str, Tensor]] | None:
+    """The optimizers' moments of a checkpoint, by client; None where they are not kept."""
+    names = folder / "optimizers.json"
+    return {name: safetensors.torch.load_file(folder / f"optimizer-{i:06}.safetensors")
+            for i, name in enumerate(json.loads(names.read_text()))} if names.exists() else None
 
 
 @contextmanager
@@ -121,7 +132,7 @@ class RunFolder:
 
     def save_round(self, number: int, updates: Sequence[Update], broadcast: Broadcast, keep: int, base_model: str) -> None:
         """Writes every client's adapters and the aggregate (stack or average) in PEFT's format; drops rounds beyond `keep`."""
-        if keep == 0 or not updates:
+        if keep == 0 or not any(update.adapters for update in updates):     # whole weights are not kept
             return
         with disk_errors(self.path), staged(self.path / "rounds" / str(number)) as folder:
             for update in updates:
@@ -133,11 +144,17 @@ class RunFolder:
             if old.name.isdigit() and int(old.name) <= number - keep:
                 shutil.rmtree(old, ignore_errors=True)
 
-    def save_checkpoint(self, model: "PreTrainedModel", number: int, broadcast: Broadcast, home: Mapping[str, Adapters]) -> None:
+    def save_checkpoint(self, model: "PreTrainedModel", number: int, server: Server, home: Mapping[str, Adapters],
+                        optimizers: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
         """Writes what resume needs: `number` is the next round. The base is written only if merges have changed it."""
         merged = model.__dict__.get("_flora_merged", False)
         with disk_errors(self.path), staged(self.path / "checkpoint" / str(number)) as folder:
-            (folder / "broadcast.safetensors").write_bytes(encode(broadcast))
+            (folder / "broadcast.safetensors").write_bytes(encode(server.broadcast))
+            write_text(folder / "ranks.json", json.dumps({client.name: client.rank for client in server.clients}))
+            if optimizers is not None:
+                write_text(folder / "optimizers.json", json.dumps(list(optimizers)))
+                for i, moments in enumerate(optimizers.values()):
+                    safetensors.torch.save_file(dict(moments), folder / f"optimizer-{i:06}.safetensors")
             for i, (client, adapters) in enumerate(home.items()):
                 (folder / f"home-{i:06}.safetensors").write_bytes(encode(Update(adapters, 1, client=client)))
             if merged:
@@ -162,7 +179,8 @@ class RunFolder:
         rest, beside = folder / "residuals.safetensors", folder / "beside.safetensors"
         return Resumed(int(folder.name), broadcast, base if base.exists() else None, {u.client: u.adapters for u in home},
                        safetensors.torch.load_file(rest) if rest.exists() else {},
-                       decode(beside.read_bytes(), limits=OWN).merge if beside.exists() else {})
+                       decode(beside.read_bytes(), limits=OWN).merge if beside.exists() else {},
+                       json.loads((folder / "ranks.json").read_text()), _moments(folder))
 
     def save_model(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", base_model: str) -> Path:
         """Writes the result and returns where: model/, merged, with its tokenizer; or adapter/ in PEFT's format, where the base was

@@ -157,6 +157,8 @@ class RunConfig(_Strict):
     """merge_into adapter: compress what is kept to this relative error."""
     keep_rounds: NotNegative = 1
     """Keep the adapters of so many of the last rounds."""
+    checkpoint_every: NotNegative = 1
+    """Write what `flora resume` needs after every so many rounds; 0: never."""
     quiet: bool = False
     """No progress display, only the final table."""
 

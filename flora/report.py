@@ -12,6 +12,8 @@ from rich.table import Table
 
 from flora.checkpoint import disk_errors
 
+SCORES = {"eval_label_accuracy": "labels", "eval_exact_match": "answers", "eval_lm_eval": "lm-eval"}
+
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl; a line that a crash cut short is left out."""
@@ -103,11 +105,16 @@ class Report:
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
     """Two rich tables of a run's rows: the server by round; the clients by rank, before their first and after their last round."""
     server = Table(title="global model, held-out completions", title_justify="left", box=SIMPLE)
-    for name in ("rounds", "loss", "perplexity", "accuracy", "MB up", "MB down", "tok/s", "seconds"):
+    extra = sorted({name for row in rows if row["kind"] == "server" for name in row if name in SCORES})
+    for name in ("rounds", "loss", "perplexity", "accuracy", *(SCORES[e] for e in extra), "MB up", "MB down", "tok/s", "seconds"):
         server.add_column(name, justify="right")
     for row in (row for row in rows if row["kind"] == "server"):
-        server.add_row(str(row["rounds_done"]), _number(row["eval_loss"]), f"{row['eval_perplexity']:.2f}",
-                       f"{row['eval_accuracy']:.1%}", _megabytes(row["bytes_up"]), _megabytes(row["bytes_down"]),
+        if "eval_loss" in row:
+            quality = [_number(row["eval_loss"]), f"{row['eval_perplexity']:.2f}", f"{row['eval_accuracy']:.1%}",
+                       *(f"{row[name]:.1%}" if name in row else "–" for name in extra)]
+        else:
+            quality = ["–"] * (3 + len(extra))
+        server.add_row(str(row["rounds_done"]), *quality, _megabytes(row["bytes_up"]), _megabytes(row["bytes_down"]),
                        f"{rate:.0f}" if (rate := row.get("tokens_per_second")) else "–",
                        f"{sum(row['seconds'].values()):.1f}")
     clients = Table(title="clients, loss on their own held-out completions before and after", title_justify="left", box=SIMPLE)
@@ -117,8 +124,9 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
     names = list(dict.fromkeys(row["client"] for row in rows if row["kind"] == "client"))
     for name in names:
         mine = [row for row in rows if row["kind"] == "client" and row["client"] == name]
-        clients.add_row(name, str(mine[0]["rank"]), str(mine[0]["num_examples"]), _number(mine[0]["eval_loss_before"]),
-                        _number(mine[-1]["eval_loss_after"]), _megabytes(sum(r["bytes_up"] for r in mine)),
+        first, last = ([row[key] for row in mine if row.get(key) is not None] for key in ("eval_loss_before", "eval_loss_after"))
+        clients.add_row(name, str(mine[0]["rank"]), str(mine[0]["num_examples"]), _number(first[0] if first else None),
+                        _number(last[-1] if last else None), _megabytes(sum(r["bytes_up"] for r in mine)),
                         _megabytes(sum(r["bytes_down"] for r in mine)),
                         f"{sum(sum(r['seconds'].values()) for r in mine):.1f}")
     failed = [row for row in rows if row["kind"] == "failure"]

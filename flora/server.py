@@ -1,4 +1,5 @@
 """The server's side of a round: who is sampled, which updates count, what is sent next, what a client missed."""
+import inspect
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -27,12 +28,14 @@ class Server:
     the start that the round trained from).
     stream: takes updates in as they come, in bounded memory, with strategy flora; sums then depend on the order of arrival in
     their last bits, and the stream's own weighting holds. downlink: the form in which merges are sent (None: the stack).
-    downlink_error: relative error of that in the last round; before: the broadcast that was due before this one.
+    shapes: (out, in) of the layers, by name. downlink_error: relative error of the downlink in the last round; before: the
+    broadcast that was due before this one.
     """
 
     def __init__(self, strategy: str, clients: Sequence[LocalClient], broadcast: Broadcast, fraction: float = 1.0,
                  weighting: str = "examples", seed: int = 0, stream: Stream | None = None,
-                 options: Mapping[str, object] | None = None, downlink: Downlink | None = None):
+                 options: Mapping[str, object] | None = None, downlink: Downlink | None = None,
+                 shapes: Mapping[str, tuple[int, int]] | None = None):
         self.strategy = strategy_named(strategy)
         if stream is not None and strategy != "flora":
             raise StrategyError(f"expected strategy flora with a stream, which sums ΔW; got {strategy}. Leave the stream out.")
@@ -42,6 +45,7 @@ class Server:
         self.broadcast, self.stream, self.options = broadcast, stream, dict(options or {})
         self.downlink, self.downlink_error = downlink or Downlink(), 0.0
         self.before: Broadcast | None = None
+        self.shapes = dict(shapes or {})
         self._received: dict[str, Update] = {}
         self._place = {client.name: i for i, client in enumerate(self.clients)}
         self._merges: dict[int, Adapters] = {} if broadcast.merge is None else {broadcast.version: broadcast.merge}
@@ -103,6 +107,12 @@ class Server:
                  "sent": self.broadcast.start}
         return {name: fact for name, fact in facts.items() if name in self.strategy.options and name not in self.options}
 
+    def shrink(self, updates: Sequence[Update]) -> None:
+        """Notes the ranks of clients that prune their own for good (Strategy.prunes, HetLoRA)."""
+        if self.strategy.prunes:
+            left = {u.client: max(a.rank for a in u.adapters.values()) for u in updates}
+            self.clients = [replace(c, rank=min(c.rank, left.get(c.name, c.rank))) for c in self.clients]
+
     def rehearse(self) -> None:
         """Aggregates updates of one small layer that have the ranks and scales of this run's clients.
 
@@ -118,8 +128,11 @@ class Server:
             cut = {name: truncate(a, client.rank) for name, a in held.items()}
             own = {name: Adapter(a.A, a.B, client.alpha / client.rank) for name, a in cut.items()}
             updates.append(Update(own, len(client.rows), {"tokens": 1}, client=client.name))
-        aggregate(updates, self.strategy.name, **{**self._facts(), "sent": start} if "sent" in self.strategy.options
-                  else self._facts(), **self.options)
+        known = {"sent": start} if "sent" in self.strategy.options else {}
+        made = aggregate(updates, self.strategy.name, **{**self._facts(), **known, **self.options})
+        if self.downlink.how != "stack" and made.merge is None:
+            raise StrategyError(f"downlink {self.downlink.how}: expected a strategy that sends an update to merge (flora, fedex); "
+                                f"got {self.strategy.name}, which sends a start. Leave downlink out.")
 
     def _close_stream(self, updates: Sequence[Update]) -> Broadcast:
         """The same for a stream, which cannot give an update back: an error discards the whole round."""
@@ -163,6 +176,17 @@ class Server:
             raise StrategyError(f"expected the merges of versions {version + 1} to {now.version}; this server holds "
                                 f"{sorted(self._merges) or 'none'}. Give weights: those of the server's model.")
         return replace(now, merge=concatenated(missed), since=version)
+
+
+def first_broadcast(strategy: str, shapes: Mapping[str, tuple[int, int]], clients: Sequence[LocalClient], seed: int = 0,
+                    options: Mapping[str, object] | None = None) -> Broadcast:
+    """Strategy.begin for these layers and clients, at the mean of their alpha / rank; options: those of aggregate, of which begin
+    may know some."""
+    rule = strategy_named(strategy)
+    scale = sum(client.alpha / client.rank for client in clients) / len(clients)
+    known = inspect.signature(rule.begin).parameters
+    own = {name: value for name, value in (options or {}).items() if name in known}
+    return rule.begin(shapes, [client.rank for client in clients], seed, scale, **own)
 
 
 def for_client(broadcast: Broadcast, rank: int) -> Broadcast:

@@ -15,7 +15,8 @@ LAYERS = [
     ["nn"], ["packed"], ["wire"], ["messages"], ["downlink"], ["versions"], ["formats"], ["strategies"],
     ["data"], ["packing"], ["losses"], ["evaluate"],
     ["client", "clock", "budget"], ["steps"], ["member"], ["loop"], ["cohort"], ["group"], ["stream"], ["server"],
-    ["checkpoint"], ["report"], ["engines.prepare"], ["engines.local", "engines.flower", "engines.nvflare"], ["engines"],
+    ["checkpoint"], ["report"], ["engines.scores"], ["engines.prepare"], ["engines.traffic"], ["engines.measure"],
+    ["engines.local", "engines.flower", "engines.nvflare"], ["engines"],
     ["integrations"], ["doctor", "tuning", "shards"], ["cli"]]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PACKAGES = ("strategies", "data", "integrations", "kernels.triton")     # their own files may import each other

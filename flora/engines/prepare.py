@@ -13,8 +13,9 @@ from flora import kernels
 from flora.client import LocalClient, TrainConfig
 from flora.config import RunConfig
 from flora.data import Partition, epoch_order, load_model, load_rows, load_tokenizer, partition, split, tokenize_rows
+from flora.engines.scores import Scores
 from flora.errors import ConfigError, DataError
-from flora.strategies import strategy_named
+from flora.strategies import STRATEGIES, Strategy, strategy_named
 from flora.versions import MergeConfig
 
 if TYPE_CHECKING:
@@ -36,6 +37,33 @@ class Job:
     train_config: TrainConfig
     eval_batch_size: int
     merge_config: MergeConfig
+    scores: Scores
+
+
+OPTIONS = {"start": "start", "server_learning_rate": "server_lr", "absent": "absent", "mixed_alpha": "mixed_alpha",
+           "threshold": "threshold"}                            # keys that a strategy's aggregate may take, and their names there
+
+
+def check(config: RunConfig) -> None:
+    """Raises ConfigError for keys that this strategy has no use for, naming the strategies that have; StrategyError for a strategy
+    that there is not."""
+    rule = strategy_named(config.strategy)
+
+    def refuse(key: str, able: Callable[[Strategy], bool]) -> None:
+        names = [name for name, other in STRATEGIES.items() if able(other)]
+        raise ConfigError(f"{key}: expected strategy {' or '.join(names)} with it; got {config.strategy}. Leave {key} out, or "
+                          "change the strategy.")
+
+    for key, option in OPTIONS.items():
+        if getattr(config, key) is not None and option not in rule.options:
+            refuse(key, lambda other, option=option: option in other.options)
+    if config.weighting != "examples" and "weights" not in rule.options:
+        refuse("weighting", lambda other: "weights" in other.options)
+    for key in ("rank_decay", "rank_penalty"):
+        if getattr(config, key) is not None and not rule.prunes:
+            refuse(key, lambda other: other.prunes)
+    if config.adalora and (not rule.mixed_ranks or rule.dense or rule.prunes):
+        refuse("adalora", lambda other: other.mixed_ranks and not other.dense and not other.prunes)
 
 
 def device_and_dtype(config: RunConfig) -> tuple[torch.device, torch.dtype]:
@@ -60,7 +88,16 @@ def train_config(config: RunConfig, pad_token_id: int, steps_factor: int = 1) ->
         weight_decay=config.weight_decay, warmup_steps=config.warmup_steps, lr_scheduler_type=config.lr_scheduler_type,
         lora_dropout=config.lora_dropout, seed=config.seed, num_train_epochs=config.num_train_epochs or 1.0,
         pad_token_id=pad_token_id, gradient_checkpointing=config.gradient_checkpointing,
-        adapter_dtype=None if config.adapter_dtype == "float32" else config.adapter_dtype)
+        adapter_dtype=None if config.adapter_dtype == "float32" else config.adapter_dtype, proximal_mu=config.proximal_mu,
+        adalora_keep=config.adalora_keep if config.adalora else None, **_pruning(config))
+
+
+def _pruning(config: RunConfig) -> dict[str, float]:
+    """HetLoRA's settings on the clients, with what is not given filled in."""
+    if not strategy_named(config.strategy).prunes:
+        return {}
+    return {"rank_decay": 0.99 if config.rank_decay is None else config.rank_decay,
+            "rank_penalty": 5e-3 if config.rank_penalty is None else config.rank_penalty}
 
 
 def prepare(config: RunConfig, say: Callable[[str], None], base: Path | None = None) -> Job:
@@ -105,7 +142,7 @@ def prepare(config: RunConfig, say: Callable[[str], None], base: Path | None = N
     return Job(model, tokenizer, clients, eval_rows, tokens(splits.server),
                train_config(config, tokenizer.pad_token_id or 0, factor), config.per_device_eval_batch_size,
                MergeConfig(config.merge_into, config.merge_rounding, config.merge_residual, config.seed, config.merge_rank,
-                           config.merge_tol))
+                           config.merge_tol), Scores())
 
 
 def environment() -> dict[str, Any]:

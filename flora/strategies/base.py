@@ -28,7 +28,8 @@ class Strategy:
     aggregate(updates, **options): the next Broadcast. Options that a run fills in have these names: weights, ranks, scale and
     seed as in begin, and sent, the start that the updates were trained from.
     home: the factors that never leave the client ("", "B" or "AB"). pooled: the run trains one client on everybody's rows (the
-    papers' upper bound). mixed_ranks: whether clients may differ in rank. dense: updates carry weights, not adapters.
+    papers' upper bound). mixed_ranks: whether clients may differ in rank. dense: updates carry weights, not adapters. prunes:
+    clients lower their own ranks for good while they train.
     """
     name: str
     summary: str
@@ -39,6 +40,7 @@ class Strategy:
     pooled: bool = False
     mixed_ranks: bool = False
     dense: bool = False
+    prunes: bool = False
 
     @property
     def options(self) -> list[str]:
