@@ -12,7 +12,8 @@ LAYERS = [
     ["kernels.reference", "kernels.native", "kernels.triton"], ["kernels"], ["library"], ["merges"], ["ops"],
     ["adapter"], ["frames"],
     ["layer"], ["shared"], ["targets"],
-    ["nn"], ["packed"], ["messages"], ["versions"], ["formats"], ["strategies"], ["data"], ["packing"], ["losses"], ["evaluate"],
+    ["nn"], ["adaptive"], ["forms"], ["packed", "whole"], ["messages"], ["versions"], ["formats"], ["strategies"], ["data"],
+    ["packing"], ["losses"], ["evaluate"],
     ["client", "clock", "budget"], ["steps"], ["member"], ["loop"], ["cohort"], ["group"], ["stream"], ["server"],
     ["checkpoint"], ["report"], ["engines.prepare"], ["engines.local", "engines.flower", "engines.nvflare"], ["engines"],
     ["integrations"], ["doctor", "tuning", "shards"], ["cli"]]
