@@ -42,8 +42,8 @@ STATES = ("running", "interrupted", "failed", "finished")
 @dataclass(frozen=True)
 class Resumed:
     """Where a run goes on: the next round, the broadcast that is due, the base that it stands on (None: the original), what stayed
-    at home, by client, by layer what the base's merges left (residuals) or what is kept beside it, the clients' ranks now, and
-    their optimizers' moments where those are kept."""
+    at home, by client, by layer what the base's merges left (residuals) or what is kept beside it, the clients' ranks now,
+    the bytes that each of them got for this round, and their optimizers' moments where those are kept."""
     number: int
     broadcast: Broadcast
     base: Path | None
@@ -51,6 +51,7 @@ class Resumed:
     residuals: dict[str, Tensor]
     beside: Adapters
     ranks: dict[str, int]
+    received: dict[str, int]
     optimizers: dict[str, dict[str, Tensor]] | None
 
 
@@ -144,13 +145,14 @@ class RunFolder:
             if old.name.isdigit() and int(old.name) <= number - keep:
                 shutil.rmtree(old, ignore_errors=True)
 
-    def save_checkpoint(self, model: "PreTrainedModel", number: int, server: Server, home: Mapping[str, Adapters],
-                        optimizers: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
+    def save_checkpoint(self, model: "PreTrainedModel", number: int, server: Server, received: Mapping[str, int],
+                        home: Mapping[str, Adapters], optimizers: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
         """Writes what resume needs: `number` is the next round. The base is written only if merges have changed it."""
         merged = model.__dict__.get("_flora_merged", False)
         with disk_errors(self.path), staged(self.path / "checkpoint" / str(number)) as folder:
             (folder / "broadcast.safetensors").write_bytes(encode(server.broadcast))
-            write_text(folder / "ranks.json", json.dumps({client.name: client.rank for client in server.clients}))
+            ranks = {client.name: client.rank for client in server.clients}
+            write_text(folder / "clients.json", json.dumps({"ranks": ranks, "received": dict(received)}))
             if optimizers is not None:
                 write_text(folder / "optimizers.json", json.dumps(list(optimizers)))
                 for i, moments in enumerate(optimizers.values()):
@@ -180,7 +182,7 @@ class RunFolder:
         return Resumed(int(folder.name), broadcast, base if base.exists() else None, {u.client: u.adapters for u in home},
                        safetensors.torch.load_file(rest) if rest.exists() else {},
                        decode(beside.read_bytes(), limits=OWN).merge if beside.exists() else {},
-                       json.loads((folder / "ranks.json").read_text()), _moments(folder))
+                       **json.loads((folder / "clients.json").read_text()), optimizers=_moments(folder))
 
     def save_model(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", base_model: str) -> Path:
         """Writes the result and returns where: model/, merged, with its tokenizer; or adapter/ in PEFT's format, where the base was

@@ -96,6 +96,7 @@ class TrainConfig:
         need("rank_decay", 0 <= self.rank_decay < 1, "a share in [0, 1) (0 turns pruning off)")
         need("rank_penalty", 0 <= self.rank_penalty < math.inf, "a number >= 0")
         need("adalora_keep", self.adalora_keep is None or 0 < self.adalora_keep <= 1, "a share in (0, 1], or None")
+        need("rank_decay", not (self.rank_decay and self.adalora_keep is not None), "0 with adalora_keep, which prunes ranks too")
 
 
 def learning_rate_factor(step: int, num_steps: int, warmup_steps: int, kind: str) -> float:

@@ -12,10 +12,11 @@ The step is AdamW (betas 0.9, 0.999, eps 1e-8) on the mean loss over the labelle
 accumulation included; gradients are clipped by the client's own norm; the schedule restarts every round.
 """
 import contextlib
+import functools
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Literal
 
 import torch
@@ -27,6 +28,7 @@ from flora.client import LocalClient, TrainConfig
 from flora.clock import Clock
 from flora.data.batches import steps_per_epoch, training_steps
 from flora.errors import ConfigError, DataError, TrainingError
+from flora.frames import frame
 from flora.loop import Loop, OnStep
 from flora.losses import CausalLM, Loss, Row
 from flora.member import Member, starting_adapters
@@ -36,8 +38,12 @@ from flora.packed import MOST_CLIENTS, MOST_RANKS, Packed, joined
 from flora.packing import device_of, packable, traits_of
 from flora.seeds import derive
 from flora.versions import MergeConfig, bring_to
+from flora.whole import Whole, own_weights
 
 log = logging.getLogger(__name__)
+
+Trained = tuple[dict[str, Adapter], dict[str, torch.Tensor] | None]     # a client's adapters; its weights, where it trained those
+States = MutableMapping[str, dict[str, torch.Tensor]]
 
 
 class Cohort:
@@ -47,21 +53,23 @@ class Cohort:
     adapters, as in flora.attach; max_tokens_per_batch: tokens that one pass may hold, of at least one row ("auto": measured once,
     by the memory of the device; at most 1,024 on a CPU, where more is hardly faster); where the memory does not suffice it is
     halved, and the step taken again. Clients whose steps go into one pass train together, the others after them. merge_config: how
-    a broadcast's merge reaches the base. Clients need names of their own.
+    a broadcast's merge reaches the base. Clients need names of their own. optimizer_states: AdamW's state by client and
+    "<layer>/<what trains>/<step|exp_avg|exp_avg_sq>", on the CPU: fit goes on from it and writes it, for clients that gave an
+    update; a tensor of another shape starts anew (None: every round does).
     After fit, failures says which clients gave no update, and why; seconds, what each phase took; rate, tokens a second of all
     clients together (tokens_per_second: while it runs). Raises ConfigError, TargetError.
     """
 
     def __init__(self, model: nn.Module, clients: Sequence[LocalClient], train_config: TrainConfig,
                  targets: str | Sequence[str] = "all-linear", max_tokens_per_batch: int | Literal["auto"] = "auto",
-                 merge_config: MergeConfig | None = None):
+                 merge_config: MergeConfig | None = None, optimizer_states: States | None = None):
         names = [client.name for client in clients]
         if len(set(names)) != len(names):
             raise ConfigError(f"expected clients with different names; got {names}")
         if max_tokens_per_batch != "auto" and max_tokens_per_batch < 1:
             raise ConfigError(f'max_tokens_per_batch: expected "auto" or at least 1; got {max_tokens_per_batch}')
         self.model, self.clients, self.train_config, self.targets = model, list(clients), train_config, targets
-        self.max_tokens_per_batch, self.merge_config = max_tokens_per_batch, merge_config
+        self.max_tokens_per_batch, self.merge_config, self.optimizer_states = max_tokens_per_batch, merge_config, optimizer_states
         self._budget = Budget(model, max_tokens_per_batch)
         self._loss = train_config.loss or CausalLM()
         self.shapes = target_shapes(model, targets)
@@ -80,8 +88,10 @@ class Cohort:
 
         frozen: ranks that each client sees and does not train: for all, or one (or None) a client. on_step(client, step, steps,
         loss) is called after each step. Order of clients kept; a client whose loss is not finite, or that has no labelled token,
-        is left out and named in failures. No adapter stays attached. Raises RunError for a base of another version.
+        is left out and named in failures. No adapter stays attached; weights that trained (broadcast.train "weight", one client
+        after another) are put back. Raises RunError for a base of another version, ConfigError for what does not go together.
         """
+        self._refuse(broadcast, frozen)
         clock = Clock(device_of(self.model))
         with clock("merge"):
             bring_to(self.model, broadcast, self.merge_config)
@@ -97,15 +107,32 @@ class Cohort:
                 except DataError as error:
                     self._fail(client.name, error)
         with self._mode():
-            for group in groups(members, self._budget.tokens, available(device_of(self.model))):
+            for group in self._groups(members, broadcast):
                 trained |= self._fit_group(group, broadcast, on_step, clock)
         self.seconds = clock.read()
         took, self.rate = time.perf_counter() - self._began, self.tokens_per_second
         self.failures = {client.name: self.failures[client.name] for client in self.clients if client.name in self.failures}
-        return [Update(trained[m.client.name], len(m.client.rows), {
+        return [Update(trained[m.client.name][0], len(m.client.rows), {
             "loss": sum(m.losses) / len(m.losses), "last_loss": m.losses[-1], "steps": len(m.losses), "tokens": m.tokens,
-            "seconds": took * m.tokens / self._tokens, "tokens_per_second": self.rate}, broadcast.version, m.client.name)
-            for m in members if m.client.name in trained]
+            "seconds": took * m.tokens / self._tokens, "tokens_per_second": self.rate}, broadcast.version, m.client.name,
+            trained[m.client.name][1]) for m in members if m.client.name in trained]
+
+    def _refuse(self, broadcast: Broadcast, frozen: Adapters | Sequence[Adapters | None] | None) -> None:
+        """Raises ConfigError where the settings ask for what this broadcast does not train."""
+        config, train = self.train_config, broadcast.train
+        for name in ("adalora_keep", "rank_decay"):
+            if getattr(config, name) and train != "AB":
+                raise ConfigError(f'{name}: expected a broadcast that trains "AB", whose ranks can be pruned; got one that trains '
+                                  f'"{train}". Leave {name} out, or take another strategy.')
+        if train == "weight" and (frozen or broadcast.start or any(client.start for client in self.clients)):
+            raise ConfigError("expected neither a start nor frozen ranks with full fine-tuning, which has no adapters; got some. "
+                              "Merge them into the base first.")
+
+    def _groups(self, members: Sequence[Member], broadcast: Broadcast) -> Iterator[list[Member]]:
+        """Who trains together: clients that train weights cannot."""
+        if broadcast.train == "weight":
+            return ([member] for member in members)
+        return groups(members, self._budget.tokens, available(device_of(self.model)))
 
     def _fail(self, name: str, error: Exception) -> None:
         self.failures[name] = str(error)
@@ -137,6 +164,9 @@ class Cohort:
         config, version = self.train_config, broadcast.version
         own = self.shapes if client.layers is None else target_shapes(self.model, self.targets, client.layers)
         held = client.start if client.start is not None else broadcast.start
+        if broadcast.train == "core" and any(held is None or name not in held or held[name].rank != client.rank for name in own):
+            raise ConfigError(f"client {client.name!r}: expected a start of its rank ({client.rank}) in every layer, as the core is "
+                              "(rank, rank); got another. Give all clients the rank that the run began with.")
         asleep: dict[str, list[Adapter]] = {}
         for name, a in [*((n, a) for n, a in (held or {}).items() if n not in own), *(frozen or {}).items()]:
             asleep.setdefault(name, []).append(a)
@@ -149,34 +179,52 @@ class Cohort:
             training_steps(client.rows, size, accumulation, config.shuffle, config.seed, (client.name, version), self._loss.terms),
             client.max_steps or config.max_steps or math.ceil(config.num_train_epochs * epoch),
             client.learning_rate or config.learning_rate, derive(config.seed, client.name, version, "dropout"),
-            list(self.shapes).index(next(iter(own))), _tokens_a_step(client.rows, size * accumulation, self._loss))
+            list(self.shapes).index(next(iter(own))), _tokens_a_step(client.rows, size * accumulation, self._loss), list(own),
+            (self.optimizer_states or {}).get(client.name))
 
     def _fit_group(self, members: Sequence[Member], broadcast: Broadcast, on_step: OnStep | None,
-                   clock: Clock) -> dict[str, dict[str, Adapter]]:
-        """Trains clients together; their adapters, by name, but for those that failed."""
+                   clock: Clock) -> dict[str, Trained]:
+        """Trains clients together; what they trained, by name, but for those that failed."""
         config, model, device = self.train_config, self.model, device_of(self.model)
-        dtype = None if config.adapter_dtype is None else getattr(torch, config.adapter_dtype)
         with torch.random.fork_rng([device] if device.type == "cuda" else []), contextlib.ExitStack() as attached:
             with clock("setup"):
-                starts, asleep = [m.begin() for m in members], [m.asleep for m in members]
-                layers = attached.enter_context(applied(model, joined(starts, asleep), config.lora_dropout, dtype))
-                packed = Packed(layers, starts, asleep, broadcast.train)
-                del starts                                      # the layers hold copies
+                packed = attached.enter_context(self._attached(members, broadcast))
             Loop(model, packed, members, config, self._budget, clock).run(
                 on_step, self._count, derive(config.seed, broadcast.version, "torch"))
             with clock("setup"):
-                adapters = [packed.adapters(k) for k in range(len(members))]
+                found = [(packed.adapters(k), packed.weights(k)) for k in range(len(members))]
+                states = [None if self.optimizer_states is None or m.failed else m.state() for m in members]
                 for member in members:
                     member.release()
         out = {}
-        for member, trained in zip(members, adapters, strict=True):
-            if not member.failed and not all(bool(torch.isfinite(f).all()) for a in trained.values() for f in (a.A, a.B)):
+        for member, (adapters, weights), state in zip(members, found, states, strict=True):
+            numbers = [*(f for a in adapters.values() for f in (a.A, a.B)), *(weights or {}).values()]
+            if not member.failed and not all(bool(torch.isfinite(f).all()) for f in numbers):
                 member.failed = "expected finite factors after the last step; got NaN or infinity. Lower its learning rate."
             if member.failed:
                 self._fail(member.client.name, TrainingError(member.failed))
-            else:
-                out[member.client.name] = trained
+                continue
+            out[member.client.name] = member.pruned(adapters, config.rank_decay) if config.rank_decay else adapters, weights
+            if state is not None:
+                self.optimizer_states.setdefault(member.client.name, {}).update(state)
         return out
+
+    @contextlib.contextmanager
+    def _attached(self, members: Sequence[Member], broadcast: Broadcast) -> Iterator[Packed | Whole]:
+        """The model with what these clients train in its place; afterwards as it was."""
+        config = self.train_config
+        if broadcast.train == "weight":
+            with own_weights(self.model, members[0].layers) as whole:
+                yield whole
+            return
+        dtype = None if config.adapter_dtype is None else getattr(torch, config.adapter_dtype)
+        frame_of = functools.cache(lambda shape, rank, layer: frame(shape, rank, broadcast.frame, layer)[0])
+        starts, asleep = [m.begin() for m in members], [m.asleep for m in members]
+        with applied(self.model, joined(starts, asleep), config.lora_dropout, dtype) as layers:
+            packed = Packed(layers, starts, asleep, {"core": "A"}.get(broadcast.train, broadcast.train),
+                            lambda k, slots: members[k].form(slots, broadcast, config, frame_of))
+            del starts                                          # the layers hold copies
+            yield packed
 
     def _count(self, tokens: int) -> None:
         self._tokens += tokens

@@ -14,17 +14,18 @@ from flora.member import Member
 from flora.packed import Packed
 from flora.packing import device_of, line, traits_of
 from flora.steps import Loader, Pass, Place
+from flora.whole import Whole
 
 OnStep = Callable[[str, int, int, float], None]
 
 
 class Loop:
-    """Takes every member through its steps, a step of each at a time, on a model that `packed` is attached to.
+    """Takes every member through its steps, a step of each at a time, on a model that holds what `packed` trains.
 
     A member that is done or fails leaves the batch. What a step needs of the device is asked for once, after its gradients.
     """
 
-    def __init__(self, model: nn.Module, packed: Packed, members: Sequence[Member], config: TrainConfig, budget: Budget,
+    def __init__(self, model: nn.Module, packed: Packed | Whole, members: Sequence[Member], config: TrainConfig, budget: Budget,
                  clock: Clock):
         self.model, self.packed, self.members, self.config, self.budget, self.clock = model, packed, members, config, budget, clock
         self.device, self.loss = device_of(model), config.loss or CausalLM()
@@ -78,6 +79,7 @@ class Loop:
         with self.clock("optimizer"):
             for k in going:
                 self.packed.take_gradients(k)
+                self.members[k].pull(self.config.proximal_mu)
             norms = torch.stack([self.members[k].norm().double() for k in going])
             found = torch.stack([losses[list(going)], norms]).tolist()                   # the one wait of a step
             for k, loss, norm in zip(going, *found, strict=True):
@@ -85,6 +87,7 @@ class Loop:
                 if not member.judge(loss, norm):
                     continue
                 member.update(loss, norm, tokens, self.config)
+                self.packed.write(k)
                 count(tokens)
                 if on_step is not None:
                     on_step(member.client.name, len(member.losses), member.num_steps, loss)

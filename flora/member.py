@@ -8,15 +8,21 @@ from torch import Tensor
 
 from flora.adapter import Adapter, Adapters, fresh_adapters, stack, truncate
 from flora.client import LocalClient, TrainConfig, learning_rate_factor
+from flora.forms import Core, Factors, Form, Pruning, Slot, Triplets
 from flora.losses import Loss, Row
+from flora.messages import Broadcast
 from flora.steps import Place
+from flora.strategies.average import kept_rank, pruned_rank
+
+STATE = ("step", "exp_avg", "exp_avg_sq")                      # what AdamW keeps of a tensor
 
 
 @dataclass
 class Member:
     """A client's part in a round. begin: makes the adapters that it starts from, when its turn has come; numbers: in them; asleep:
     ranks that it sees and does not train; steps: batches of rows of each optimiser step, without end; key: of its dropout;
-    depth: the first layer that it trains, counted in the model's order; tokens_a_step: about."""
+    depth: the first layer that it trains, counted in the model's order; tokens_a_step: about; layers: those that it trains; kept:
+    the optimiser's state of the round before, by name (None: it starts anew)."""
     client: LocalClient
     begin: Callable[[], dict[str, Adapter]]
     numbers: int
@@ -27,18 +33,50 @@ class Member:
     key: int
     depth: int = 0
     tokens_a_step: int = 0
+    layers: Sequence[str] = ()
+    kept: Mapping[str, Tensor] | None = None
     losses: list[float] = field(default_factory=list)
     drawn: int = 0
     tokens: int = 0
     failed: str = ""
 
-    def prepare(self, parameters: Sequence[Tensor], config: TrainConfig) -> None:
-        self.parameters = parameters
-        self.optimizer = torch.optim.AdamW(parameters, self.learning_rate, weight_decay=config.weight_decay, fused=True)
+    def form(self, slots: Mapping[str, Slot], broadcast: Broadcast, config: TrainConfig,
+             frame_of: Callable[[tuple[int, int], int, str], Tensor]) -> Form:
+        """What it trains of its ranks. frame_of: as forms.Core."""
+        client = self.client
+        if broadcast.train == "core":
+            return Core(slots, frame_of)
+        if config.adalora_keep is not None:
+            return Triplets(slots, client.alpha / client.rank, config.adalora_keep, self.num_steps,
+                            (config.seed, client.name, broadcast.version))
+        if config.rank_decay:
+            return Pruning(slots, kept_rank(client.rank, config.rank_decay), config.rank_penalty)
+        return Factors(slots)
+
+    def prepare(self, parameters: Mapping[str, Tensor], config: TrainConfig) -> None:
+        """Makes its optimiser of these tensors, by name, with the state that was kept of each, where the shape is the same."""
+        self.names, self.parameters = list(parameters), list(parameters.values())
+        self.optimizer = torch.optim.AdamW(self.parameters, self.learning_rate, weight_decay=config.weight_decay, fused=True)
+        self.anchors = [p.detach().clone() for p in self.parameters] if config.proximal_mu else []
+        for name, p in parameters.items() if self.kept else ():
+            held = {key: self.kept.get(f"{name}/{key}") for key in STATE}
+            if all(value is not None and value.shape == (() if key == "step" else p.shape) for key, value in held.items()):
+                self.optimizer.state[p] = {key: value.to(p.device, torch.float32 if key == "step" else p.dtype, copy=True)
+                                           for key, value in held.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """What its optimiser holds, as "<layer>/<parameter>/<step|exp_avg|exp_avg_sq>": copies on the CPU, contiguous."""
+        return {f"{name}/{key}": self.optimizer.state[p][key].detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
+                for name, p in zip(self.names, self.parameters, strict=True) if p in self.optimizer.state for key in STATE}
 
     def release(self) -> None:
         """Lets go of what only training needs: three times the size of its adapters."""
-        del self.parameters, self.optimizer
+        del self.parameters, self.optimizer, self.anchors
+
+    def pruned(self, trained: Adapters, decay: float) -> dict[str, Adapter]:
+        """Its adapters cut to the rank that it goes on with. HetLoRA, arXiv 2401.06432, section 3.2."""
+        rank = pruned_rank(self.begin(), trained, self.client.rank, decay)
+        return {name: truncate(a, rank) for name, a in trained.items()}
 
     def draw(self, k: int, loss: Loss) -> list[Place]:
         """The rows of its next step that there is something to learn from. k: its number in the batch."""
@@ -46,6 +84,12 @@ class Member:
         self.drawn += 1
         return [Place(k, i, row, tuple(len(part["input_ids"]) for part in loss.sequences(row)), self.depth)
                 for i, row in enumerate(rows) if loss.terms(row)]
+
+    def pull(self, mu: float) -> None:
+        """Adds mu (w - w_start), the gradient of FedProx's mu/2 ‖w - w_start‖², to its gradients. arXiv 1812.06127, equation 2."""
+        for p, start in zip(self.parameters, self.anchors, strict=True) if mu else ():
+            if p.grad is not None:
+                p.grad.add_(p.detach() - start, alpha=mu)
 
     def norm(self) -> Tensor:
         """The norm of its gradient, on the device."""

@@ -4,7 +4,7 @@ Rows of a batch are routed to their client's ranks by offsets (ops.Segments), so
 them and every gradient is its client's own. B is stored with its ranks outermost, as A is: a client's part of either factor, and of
 its gradient, is one piece of memory, which that client's optimiser and clipping work on alone.
 """
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flora import ops
 from flora.adapter import Adapter, Adapters, all_layers, stack
+from flora.forms import Factors, Form, Slot
 from flora.layer import LoRALinear, Routing
 
 MOST_RANKS, MOST_CLIENTS = 1024, 256                            # what a kernel takes
@@ -21,15 +22,15 @@ class Packed:
     """Clients' adapters on the layers that nn.applied attached for `joined(starts)`.
 
     starts: each client's adapters by layer (a client may lack a layer); asleep: ranks that each client sees and does not train;
-    train: which factors train, "AB", "A", "B", or "" for none. parameters[k]: client k's own factors; after `take_gradients`
-    their gradients are its own.
+    train: which factors get gradients, "AB", "A", "B", or "" for none. form(k, slots): what client k trains of its slots by layer
+    (forms.py; None: the factors themselves). parameters[k]: client k's own, by name; after `take_gradients` their gradients are
+    its own.
     """
 
-    def __init__(self, layers: Mapping[str, LoRALinear], starts: Sequence[Adapters], asleep: Sequence[Adapters], train: str):
+    def __init__(self, layers: Mapping[str, LoRALinear], starts: Sequence[Adapters], asleep: Sequence[Adapters], train: str,
+                 form: Callable[[int, dict[str, Slot]], Form] | None = None):
         self.layers, self.count = layers, len(starts)
-        self.parameters: list[list[Tensor]] = [[] for _ in starts]
-        self._places: list[list[tuple[Tensor, bool, int, int]]] = [[] for _ in starts]      # of each parameter: in which factor
-        self._parts: list[dict[str, tuple[int, int]]] = [{} for _ in starts]
+        self._slots: list[dict[str, Slot]] = [{} for _ in starts]
         self._routings: dict[tuple[int, ...], Routing] = {}
         self._ranges: dict[tuple[tuple[int, int], ...], Tensor] = {}
         self._trained: dict[str, list[Tensor]] = {}
@@ -37,7 +38,9 @@ class Packed:
         for name, layer in layers.items():
             self._pack(name, layer, starts, train)
             layer.frozen = self._frozen(name, layer, asleep)
-        self._alike = len(set(map(frozenset, self._parts))) == 1
+        self._alike = len(set(map(frozenset, self._slots))) == 1
+        self._forms = [Factors(slots) if form is None else form(k, slots) for k, slots in enumerate(self._slots)]
+        self.parameters = [form.parameters for form in self._forms]
 
     def _pack(self, name: str, layer: LoRALinear, starts: Sequence[Adapters], train: str) -> None:
         ranks = [start[name].rank if name in start else 0 for start in starts]
@@ -49,18 +52,12 @@ class Packed:
         if not layer.B.T.is_contiguous():
             layer.B = nn.Parameter(layer.B.detach().T.contiguous().T)
         layer.routing = self._routings.setdefault(tuple(offsets), Routing())
-        factors = [(layer.A, False, "A" in train), (layer.B, True, "B" in train)]
-        for factor, _, wanted in factors:
+        for factor, wanted in ((layer.A, "A" in train), (layer.B, "B" in train)):
             factor.requires_grad_(trains and wanted)
-        self._trained[name] = [factor for factor, _, _ in factors if factor.requires_grad]
+        self._trained[name] = [factor for factor in (layer.A, layer.B) if factor.requires_grad]
         for k, (first, last) in enumerate(pairwise(offsets)):
-            if not trains or first == last:
-                continue
-            self._parts[k][name] = (first, last)
-            for factor, turned, _ in factors:
-                if factor.requires_grad:
-                    self.parameters[k].append((factor.detach().T if turned else factor.detach())[first:last])
-                    self._places[k].append((factor, turned, first, last))
+            if trains and first < last:
+                self._slots[k][name] = Slot(layer, first, last)
 
     def _frozen(self, name: str, layer: LoRALinear, asleep: Sequence[Adapters]) -> ops.Frozen | None:
         """What clients see of this layer and do not train, each distinct adapter once."""
@@ -94,7 +91,7 @@ class Packed:
         if same:
             return
         if not self._alike:
-            here = {name for k, count in enumerate(rows) if count for name in self._parts[k]}
+            here = {name for k, count in enumerate(rows) if count for name in self._slots[k]}
             for name, factors in self._trained.items():
                 for factor in factors:
                     factor.requires_grad_(name in here)
@@ -107,19 +104,18 @@ class Packed:
 
     def take_gradients(self, k: int) -> None:
         """Gives client k's parameters their parts of the gradients."""
-        for own, (factor, turned, first, last) in zip(self.parameters[k], self._places[k], strict=True):
-            whole = factor.grad
-            own.grad = None if whole is None else (whole.T if turned else whole)[first:last]
+        self._forms[k].take_gradients()
+
+    def write(self, k: int) -> None:
+        """Writes client k's factors after a step of its optimiser, where what trains is not the factors themselves."""
+        self._forms[k].write()
 
     def adapters(self, k: int) -> dict[str, Adapter]:
         """Client k's adapters as they are now: copies on the CPU."""
-        out = {}
-        for name, (first, last) in self._parts[k].items():
-            layer = self.layers[name]
-            A, B = layer.A.detach()[first:last], layer.B.detach()[:, first:last]
-            out[name] = Adapter(A.to("cpu", copy=True), B.to("cpu", memory_format=torch.contiguous_format, copy=True),
-                                layer.scale[first:last].to("cpu", copy=True))
-        return out
+        return self._forms[k].adapters()
+
+    def weights(self, k: int) -> None:
+        """None: the base does not train."""
 
 
 def joined(starts: Sequence[Adapters], asleep: Sequence[Adapters]) -> dict[str, Adapter]:

@@ -67,8 +67,8 @@ def size(tensors: Mapping[str, torch.Tensor], fields: Mapping[str, object]) -> i
 def write(tensors: Mapping[str, torch.Tensor], fields: Mapping[str, object]) -> bytes:
     """The message of these tensors, in the order of `ordered`, and fields, which JSON can hold."""
     table = _table(tensors)
-    parts = [memoryview(t.detach().cpu().contiguous().view(torch.uint8).numpy()).cast("B") if t.numel() else memoryview(b"")
-             for t in tensors.values()]
+    flat = [t.detach().cpu().contiguous().reshape(-1) for t in tensors.values()]
+    parts = [memoryview(t.view(torch.uint8).numpy()) if len(t) else memoryview(b"") for t in flat]
     header = _header({**fields, "digest": _digest(fields, table, *parts)}, table)
     return b"".join((struct.pack("<Q", len(header)), header, *parts))
 

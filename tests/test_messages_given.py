@@ -109,5 +109,8 @@ def test_size_is_the_length_for_every_dtype_and_kind():
         offsets = [e["data_offsets"][0] % 4 for n, e in json.loads(raw[8:8 + struct.unpack("<Q", raw[:8])[0]]).items()
                    if n.endswith("/scale")]
         assert set(offsets) == {0}
+    thin = Update({"l": Adapter(torch.ones(1, 3), torch.ones(1, 5).T.expand(5, 1), 1.0),
+                   "m": Adapter(torch.ones(3, 1).T, torch.ones(8, 5)[::8].T, 1.0)}, 5)      # strides that contiguous() leaves
+    assert same(decode(encode(thin)).adapters, thin.adapters) and size(thin) == len(encode(thin))
     for broadcast in (Broadcast(), Broadcast(base={"l": torch.ones(2, 3)}, merge={"m": adapter(2, (3, 4))}, version=2)):
         assert len(encode(broadcast)) == size(broadcast)

@@ -68,10 +68,10 @@ def _run(config: RunConfig, folder: RunFolder, job: Job, resumed: Resumed | None
         state = State(dict(resumed.home), resumed.optimizers) if resumed else State()
         if config.optimizer_state == "keep":
             state.optimizers = state.optimizers or {}
-        traffic = Traffic(job.clients, resumed.broadcast if resumed else None)
+        traffic = Traffic(resumed.received if resumed else None)
         if report.first == 0:
-            state.received = traffic.down(server, server.sample(0))
-            report.add(server_row(0, job, server, state.home, {}) | {"bytes_down": sum(state.received.values())})
+            sizes = traffic.down(server, server.sample(0))
+            report.add(server_row(0, job, server, state.home, {}) | {"bytes_down": sum(sizes.values())})
         done = rounds(config, job, server, report, folder, state, traffic)
         if server.broadcast.start is not None:
             seed = job.merge_config.seed_of(server.broadcast.version)
@@ -89,11 +89,9 @@ def _run(config: RunConfig, folder: RunFolder, job: Job, resumed: Resumed | None
 
 @dataclass
 class State:
-    """What a run carries from round to round beside the server's broadcast: what stayed at home, by client; AdamW's moments, where
-    they are kept; and the bytes that each client got for the round that is due."""
+    """What clients carry from round to round: what stays at home, and AdamW's moments, where they are kept."""
     home: dict[str, Adapters] = field(default_factory=dict)
     optimizers: dict[str, dict[str, Tensor]] | None = None
-    received: dict[str, int] = field(default_factory=dict)
 
 
 def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: RunFolder, state: State,
@@ -123,21 +121,20 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
         up = traffic.up(server, leaving, sent)
         for client, update in ((c, u) for c in clients for u in updates if u.client == c.name):
             row = client_row(number, client, update, found.get(client.name, NOTHING), trained.get(client.name, NOTHING))
-            report.add(row | {"bytes_up": up.get(client.name, 0), "bytes_down": state.received.get(client.name, 0)})
+            report.add(row | {"bytes_up": up.get(client.name, 0), "bytes_down": traffic.received.get(client.name, 0)})
         for name, reason in cohort.failures.items():
             report.add({"kind": "failure", "round": number, "client": name, "reason": reason})
             report.say(f"round {number}: {name} is left out: {reason}")
         server.shrink(updates)
-        state.received = traffic.down(server, server.sample(number + 1))
+        down = sum(traffic.down(server, server.sample(number + 1)).values())
         began = time.perf_counter()
         folder.save_round(number, updates, server.broadcast, config.keep_rounds, config.model_name_or_path)
         seconds["save"] = time.perf_counter() - began
         row = (server_row(number + 1, job, server, state.home, seconds) if measured
                else unmeasured_row(number + 1, job, server, seconds))
-        report.add(row | {"bytes_up": sum(up.values()), "bytes_down": sum(state.received.values()),
-                          "tokens_per_second": cohort.rate})
+        report.add(row | {"bytes_up": sum(up.values()), "bytes_down": down, "tokens_per_second": cohort.rate})
         if config.checkpoint_every and (number + 1) % config.checkpoint_every == 0:
-            folder.save_checkpoint(job.model, number + 1, server, state.home, state.optimizers)
+            folder.save_checkpoint(job.model, number + 1, server, traffic.received, state.home, state.optimizers)
         folder.mark("running", number + 1)
         if measured:
             report.say(f"round {number}: held-out loss {row['eval_loss']:.4f}, accuracy {row['eval_accuracy']:.1%}")

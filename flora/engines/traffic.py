@@ -1,38 +1,33 @@
 """Bytes as they travel, per client: what each end holds already does not travel again (messages.py)."""
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 
 from flora.client import LocalClient
 from flora.messages import Broadcast, Update, size
 from flora.server import Server, for_client
 
-MOST_HELD = 32                                                  # versions remembered as held by somebody
-
 
 class Traffic:
-    """Counts the messages of a run. held: what every client holds at first (None: nothing)."""
+    """Counts the messages of a run. A client that sits out a round is taken to keep nothing of what it was sent before.
 
-    def __init__(self, clients: Iterable[LocalClient], held: Broadcast | None = None):
-        self._held: dict[str, Broadcast] = {} if held is None else {client.name: _start(held) for client in clients}
+    received: bytes of the broadcast that is due, by client: of those that got it.
+    """
+
+    def __init__(self, received: Mapping[str, int] | None = None):
+        self.received = dict(received or {})
 
     def down(self, server: Server, following: Sequence[LocalClient]) -> dict[str, int]:
         """Bytes of the broadcast that is due, by client: to all, where it changes the base, sampled or not; else to those who train
         next (following)."""
-        if silent(server):
-            return {}
-        broadcast, known = server.broadcast, {}
+        broadcast, before, sizes = server.broadcast, server.before, {}
         everybody = broadcast.merge is not None or broadcast.base is not None
-        sizes = {}
-        for client in server.clients if everybody else following:
-            held = self._held.get(client.name)
-            key = (client.rank, None if held is None else held.version)
+        known: dict[tuple[int, bool], int] = {}
+        for client in [] if silent(server) else server.clients if everybody else following:
+            held = client.name in self.received and before is not None
+            key = (client.rank, held)
             if key not in known:
-                known[key] = size(for_client(broadcast, client.rank), held)
+                known[key] = size(for_client(broadcast, client.rank), before if held else None)
             sizes[client.name] = known[key]
-        self._held |= dict.fromkeys(sizes, _start(broadcast))
-        versions = sorted({held.version for held in self._held.values()})
-        if len(versions) > MOST_HELD:
-            self._held = {name: held for name, held in self._held.items() if held.version > versions[-MOST_HELD]}
+        self.received = sizes
         return sizes
 
     @staticmethod
@@ -44,10 +39,6 @@ class Traffic:
 def silent(server: Server) -> bool:
     """Nothing travels where everything stays at home, or where there is one party."""
     return server.strategy.home == "AB" or server.strategy.pooled
-
-
-def _start(broadcast: Broadcast) -> Broadcast:
-    return replace(broadcast, merge=None, base=None)
 
 
 def total(rows: Sequence[Mapping[str, object]]) -> int:

@@ -79,6 +79,11 @@ def tail(adapters: Adapters, rank: int) -> torch.Tensor:
     return torch.stack(parts).sum() if parts else torch.zeros(())
 
 
+def kept_rank(rank: int, decay: float) -> int:
+    """⌊decay · rank⌋, at least 1: what HetLoRA's pruning leaves of a rank."""
+    return max(1, math.floor(decay * rank))
+
+
 def pruned_rank(before: Adapters, after: Adapters, rank: int, decay: float = 0.99) -> int:
     """The rank that a client goes on with: ⌊decay · rank⌋ (at least 1) where the ranks above it shrank in training, else rank.
 
@@ -87,7 +92,7 @@ def pruned_rank(before: Adapters, after: Adapters, rank: int, decay: float = 0.9
     """
     if not 0.0 < decay < 1.0 or rank < 1:
         raise StrategyError(f"expected decay in (0, 1) and a rank of at least 1; got {decay} and {rank}")
-    keep = max(1, math.floor(decay * rank))
+    keep = kept_rank(rank, decay)
     return keep if float(tail(after, keep)) < float(tail(before, keep)) else rank
 
 
