@@ -53,7 +53,8 @@ def test_every_client_is_fine_tuned_from_the_base_and_the_base_is_put_back():
         exact, losses = by_hand(client, names=names)
         assert update.adapters == {} and list(update.base) == names and update.base_version == 3
         for name, w in update.base.items():
-            assert tuple(w.shape) == SHAPES[name] and off(w, exact[name], base[name]) < 1e-6
+            # the loss's gradient is fp32 on both sides (6e-8), and AdamW's first steps divide each number's by its own size
+            assert tuple(w.shape) == SHAPES[name] and off(w, exact[name], base[name]) < 1e-5
         assert update.metrics["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
         assert (update.num_examples, update.metrics["steps"]) == (6, client.max_steps or 4)
 
@@ -67,8 +68,9 @@ def test_a_client_whose_loss_is_not_finite_is_left_out_and_spoils_nobody():
     assert [u.client for u in updates] == ["c0", "c1"] and "finite" in cohort.failures["c9"] and unchanged(model, before)
     for update, alone in zip(updates, Cohort(model, good, CONFIG, TARGETS).fit(FULL), strict=True):
         assert all(torch.equal(w, alone.base[name]) for name, w in update.base.items())
-    cohort = Cohort(model, [client_of(9, learning_rate=1e30)], replace(CONFIG, max_steps=1), TARGETS)
-    assert cohort.fit(FULL) == [] or all(bool(torch.isfinite(w).all()) for u in cohort.fit(FULL) for w in u.base.values())
+    once = replace(CONFIG, max_steps=1, lr_scheduler_type="constant")
+    cohort = Cohort(llama(), [client_of(9, learning_rate=1e39)], once, TARGETS)
+    assert cohort.fit(FULL) == [] and "finite factors" in cohort.failures["c9"]       # its only loss was fine
 
 
 def test_an_interruption_puts_the_base_back():
@@ -114,7 +116,7 @@ def test_fedavg_of_weights_is_loaded_by_the_next_round():
 
 
 def test_fedprox_holds_weights_near_the_base():
-    base = {name: llama().get_submodule(name).weight for name in SHAPES}
+    base = {name: llama().get_submodule(name).weight.detach() for name in SHAPES}
     moved = []
     for mu in (0.0, 10.0):
         [update] = Cohort(llama(), [client_of()], replace(CONFIG, proximal_mu=mu), TARGETS).fit(FULL)
