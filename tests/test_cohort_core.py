@@ -44,16 +44,20 @@ def by_hand(broadcast, dtype, client, config=CONFIG):
     model = beside(llama(dtype=dtype), {
         name: lambda name=name, a=a: (a.B.to(dtype) * a.scale.to(dtype)) @ (R[name] @ F[name]) for name, a in start.items()})
     model.requires_grad_(False)
-    losses = train(model, R.values(), client, config)
+    begun = {name: r.detach().clone() for name, r in R.items()}
+    losses = train(model, R.values(), client, config, lambda: config.proximal_mu / 2 * sum(
+        (R[name] - begun[name]).square().sum() for name in R))
     return {name: r.detach() for name, r in R.items()}, losses
 
 
+@pytest.mark.parametrize("mu", [0.0, 3.0])
 @pytest.mark.parametrize("still", [True, False])
-def test_a_core_trains_as_autograd_trains_it(still):
-    """In fp64, but for the loss, which both take in fp32."""
-    client, broadcast = client_of(), start_of(still=still)
-    [update] = Cohort(llama(dtype=torch.float64), [client], CONFIG, TARGETS).fit(broadcast)
-    exact, losses = by_hand(broadcast, torch.float64, client)
+def test_a_core_trains_as_autograd_trains_it(still, mu):
+    """In fp64, but for the loss, which both take in fp32. Also with FedProx, beside which the gradient's size counts: AdamW alone
+    does not see it."""
+    client, broadcast, config = client_of(), start_of(still=still), replace(CONFIG, proximal_mu=mu)
+    [update] = Cohort(llama(dtype=torch.float64), [client], config, TARGETS).fit(broadcast)
+    exact, losses = by_hand(broadcast, torch.float64, client, config)
     for name, a in update.adapters.items():
         begun = broadcast.start[name]
         assert off(a.A, exact[name] @ frames()[name], begun.A) < 1e-6
