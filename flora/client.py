@@ -52,8 +52,8 @@ class TrainConfig:
     it decides order, fresh adapters and dropout. gradient_checkpointing: compute each block again in the backward pass instead of
     keeping what it computed. adapter_dtype: of A and B while they train, and of the updates ("bfloat16"; None: float32).
     loss: what is minimised (losses.py; None: CausalLM). proximal_mu: FedProx's weight of half the squared distance of what trains
-    from its start (arXiv 1812.06127). rank_decay, rank_penalty: HetLoRA's self-pruning (0: none). adalora_keep: the share of its
-    ranks that a client keeps, by AdaLoRA (None: all, no AdaLoRA).
+    from its start (arXiv 1812.06127). rank_decay, rank_penalty: HetLoRA's self-pruning (0: none; arXiv 2401.06432). adalora_keep:
+    the share of its ranks that a client keeps, by AdaLoRA (None: all, no AdaLoRA; arXiv 2303.10512); not both.
     """
     learning_rate: float = 3e-4
     max_steps: int | None = None

@@ -165,7 +165,7 @@ class Cohort:
         own = self.shapes if client.layers is None else target_shapes(self.model, self.targets, client.layers)
         held = client.start if client.start is not None else broadcast.start
         if broadcast.train == "core" and any(held is None or name not in held or held[name].rank != client.rank for name in own):
-            raise ConfigError(f"client {client.name!r}: expected a start of its rank ({client.rank}) in every layer, as the core is "
+            raise ConfigError(f"client {client.name!r}: expected a start of its rank ({client.rank}) in all layers, as the core is "
                               "(rank, rank); got another. Give all clients the rank that the run began with.")
         asleep: dict[str, list[Adapter]] = {}
         for name, a in [*((n, a) for n, a in (held or {}).items() if n not in own), *(frozen or {}).items()]:
