@@ -13,6 +13,7 @@ LAYERS = [
     ["adapter"], ["frames"],
     ["layer"], ["shared"], ["targets"],
     ["nn"], ["packed"], ["messages"], ["versions"], ["formats"], ["strategies"], ["data"], ["packing"], ["losses"], ["evaluate"],
+    ["scoring"], ["mmlu", "mt_bench"],
     ["client", "clock", "budget"], ["steps"], ["member"], ["loop"], ["cohort"], ["group"], ["stream"], ["server"],
     ["checkpoint"], ["report"], ["engines.prepare"], ["engines.local", "engines.flower", "engines.nvflare"], ["engines"],
     ["integrations"], ["doctor", "tuning", "shards"], ["cli"]]
