@@ -64,8 +64,10 @@ def ours(net, tokenizer, test, dev):
 
 
 @pytest.mark.parametrize("shots", [0, 2, None])
-def test_the_accuracy_is_that_of_our_own_scoring_of_the_same_prompts(folder, shots):
-    pytest.importorskip("lm_eval", reason=WHY)
+def test_the_accuracy_is_that_of_our_own_scoring_of_the_same_prompts(folder, shots, monkeypatch):
+    HFLM, asked = pytest.importorskip("lm_eval.models.huggingface", reason=WHY).HFLM, []
+    real = HFLM.loglikelihood
+    monkeypatch.setattr(HFLM, "loglikelihood", lambda self, requests: asked.extend(r.args for r in requests) or real(self, requests))
     net, tokenizer = model(), make_tokenizer(None)
     dev = {subject: rows(6, 1, subject) for subject in SIZES}
     if shots != 0:
@@ -75,6 +77,8 @@ def test_the_accuracy_is_that_of_our_own_scoring_of_the_same_prompts(folder, sho
     assert net.training and tokenizer.pad_token is None and torch.equal(state, torch.random.get_rng_state())
     taken = 5 if shots is None else shots
     assert found["questions"] == sum(SIZES.values()) and found["num_fewshot"] == taken and list(found["subjects"]) == sorted(SIZES)
+    whole = [prompt(row, dev[subject][:taken]) for subject in SIZES for row in rows(SIZES[subject], 0, subject)]
+    assert sorted(asked) == sorted((text, f" {letter}") for text in whole for letter in "ABCD")
     right = 0
     for subject, count in SIZES.items():
         acc = ours(net, tokenizer, rows(count, 0, subject), dev[subject][:taken])

@@ -199,6 +199,17 @@ def test_one_model_answers_as_a_client_without_adapters():
     assert ended[0] == [] and whole[1][1] not in ended[1] and any(ended)
 
 
+def test_an_answer_ends_where_the_model_or_the_tokenizer_says():
+    model, words = llama(), tokenizer()
+    for own, theirs, ends in [(1, "<eos>", [1]), ([5, 3], "<eos>", [1, 3, 5]), (None, "<eos>", [1]), (7, None, [7]), (None, None, None)]:
+        model.generation_config.eos_token_id, words.eos_token = own, theirs
+        assert scoring.pad_and_ends(model, words) == (0, ends)
+    words.pad_token = None
+    assert scoring.pad_and_ends(model, words) == (0, None)
+    model.generation_config.eos_token_id = [9, 7]
+    assert scoring.pad_and_ends(model, words) == (7, [7, 9])
+
+
 def test_rows_and_settings_that_cannot_be_answered_are_refused():
     model, row = llama(), Question([3, 4], "w1")
     for rows, settings, said in [([], {}, "got none"), ([row], {"batch_size": 0}, "batch size"),
