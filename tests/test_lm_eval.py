@@ -67,7 +67,7 @@ def ours(net, tokenizer, test, dev):
 def test_the_accuracy_is_that_of_our_own_scoring_of_the_same_prompts(folder, shots, monkeypatch):
     HFLM, asked = pytest.importorskip("lm_eval.models.huggingface", reason=WHY).HFLM, []
     real = HFLM.loglikelihood
-    monkeypatch.setattr(HFLM, "loglikelihood", lambda self, requests: asked.extend(r.args for r in requests) or real(self, requests))
+    monkeypatch.setattr(HFLM, "loglikelihood", lambda self, all_: asked.extend(r.args for r in all_) or real(self, all_))
     net, tokenizer = model(), make_tokenizer(None)
     dev = {subject: rows(6, 1, subject) for subject in SIZES}
     if shots != 0:

@@ -201,7 +201,8 @@ def test_one_model_answers_as_a_client_without_adapters():
 
 def test_an_answer_ends_where_the_model_or_the_tokenizer_says():
     model, words = llama(), tokenizer()
-    for own, theirs, ends in [(1, "<eos>", [1]), ([5, 3], "<eos>", [1, 3, 5]), (None, "<eos>", [1]), (7, None, [7]), (None, None, None)]:
+    known = [(1, "<eos>", [1]), ([5, 3], "<eos>", [1, 3, 5]), (None, "<eos>", [1]), (7, None, [7]), (None, None, None)]
+    for own, theirs, ends in known:
         model.generation_config.eos_token_id, words.eos_token = own, theirs
         assert scoring.pad_and_ends(model, words) == (0, ends)
     words.pad_token = None
