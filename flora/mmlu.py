@@ -70,7 +70,7 @@ def _task(subject: str, test: list[Row], dev: list[Row], shots: int) -> Any:
     from lm_eval.api.task import ConfigurableTask
 
     class Task(ConfigurableTask):
-        def download(self, *_: object, **__: object) -> None:
+        def download(self, dataset_kwargs: object = None) -> None:
             self.dataset = {"test": Dataset.from_list(test), **({"dev": Dataset.from_list(dev[:shots])} if shots else {})}
 
     examples = {"fewshot_split": "dev", "fewshot_config": {"sampler": "first_n"}} if shots else {}
