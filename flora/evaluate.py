@@ -1,4 +1,5 @@
-"""Held-out loss, perplexity and next-token accuracy on completions, and greedy answers, of one model or of every client's own.
+"""Held-out loss, perplexity, next-token accuracy and likelihood of completions, and greedy answers: of one model, or of every
+client's own.
 
 In eval mode and without randomness. Personal models are the base with each client's adapters on that client's rows, routed as in
 training: one pass serves several clients, and no adapter is attached and detached in turn.
@@ -6,7 +7,7 @@ training: one pass serves several clients, and no adapter is attached and detach
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from flora.packing import device_of, line, packable, traits_of
 
 Row = Mapping[str, Any]
 Route = Callable[[Sequence[int]], None]
+T = TypeVar("T")
 
 
 def evaluate(model: nn.Module, rows: Sequence[Row], batch_size: int = 8, pad_id: int = 0) -> dict[str, float]:
@@ -42,37 +44,55 @@ def evaluate_clients(model: nn.Module, views: Mapping[str, Adapters | None], row
     All clients together: batch_size sequences a pass, whosever they are. None for a client without a labelled token. on_rows is
     told how many rows each pass had. Raises TargetError where adapters do not fit the model, or some are attached.
     """
-    out: dict[str, dict[str, float] | None] = {}
-    for names in together({name: views[name] or {} for name in views}):
-        with _routed(model, [views[name] or {} for name in names]) as route:
-            found = _measure(model, [rows[name] for name in names], batch_size, pad_id, route, on_rows)
-            out |= dict(zip(names, found, strict=True))
+    def measure(names: list[str], route: Route) -> list[dict[str, float] | None]:
+        return _measure(model, [rows[name] for name in names], batch_size, pad_id, route, on_rows)
+
+    return _for_clients(model, views, measure)
+
+
+def generate(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, pad_id: int = 0,
+             eos_id: int | Sequence[int] | None = None, batch_size: int = 8) -> list[list[int]]:
+    """What a model as it is, adapters that are attached included, answers greedily, as `generate_clients` gives it.
+
+    batch_size prompts a call of the model's `generate`, those of like length together. Raises DataError for an empty prompt.
+    """
+    _check_size(batch_size)
+    out: list[list[int]] = [[]] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        indices = order[start:start + batch_size]
+        settings = max_new_tokens, pad_id, eos_id
+        answers = _generate(model, [list(prompts[i]) for i in indices], [len(indices)], lambda rows: None, settings)
+        for i, answer in zip(indices, answers, strict=True):
+            out[i] = answer
     return out
 
 
 def generate_clients(model: nn.Module, views: Mapping[str, Adapters | None], prompts: Mapping[str, Sequence[Sequence[int]]],
-                     max_new_tokens: int = 64, pad_id: int = 0, eos_id: int | None = None) -> dict[str, list[list[int]]]:
+                     max_new_tokens: int = 64, pad_id: int = 0,
+                     eos_id: int | Sequence[int] | None = None) -> dict[str, list[list[int]]]:
     """Every client's own model answers its prompts greedily: token ids without the prompt and without what follows the end.
 
-    One call of the model's `generate` for all clients; prompts are padded on the left. eos_id: None: the model's own. Raises
-    DataError for an empty prompt.
+    One call of the model's `generate` for all clients; prompts are padded on the left. eos_id: what ends an answer, one token or
+    several; None: the model's own. Raises DataError for an empty prompt.
     """
-    out: dict[str, list[list[int]]] = {}
-    for names in together({name: views[name] or {} for name in views}):
+    def answer(names: list[str], route: Route) -> list[list[list[int]]]:
         mine = [prompts[name] for name in names]
         flat = [list(prompt) for some in mine for prompt in some]
-        if not all(flat):
-            raise DataError("expected prompts of at least one token; got an empty one. Start it with the model's first token.")
-        with _routed(model, [views[name] or {} for name in names]) as route:
-            answers = iter(_generate(model, flat, [len(some) for some in mine], route, (max_new_tokens, pad_id, eos_id)))
-        out |= {name: [next(answers) for _ in some] for name, some in zip(names, mine, strict=True)}
-    return out
+        answers = iter(_generate(model, flat, [len(some) for some in mine], route, (max_new_tokens, pad_id, eos_id)))
+        return [[next(answers) for _ in some] for some in mine]
+
+    return _for_clients(model, views, answer)
 
 
 def _generate(model: nn.Module, prompts: Sequence[Sequence[int]], counts: Sequence[int], route: Route,
-              settings: tuple[int, int, int | None]) -> list[list[int]]:
+              settings: tuple[int, int, int | Sequence[int] | None]) -> list[list[int]]:
     if not prompts:
         return []
+    if not all(prompts):
+        raise DataError("expected prompts of at least one token; got an empty one. Start it with the model's first token.")
+    if settings[0] < 1:
+        raise DataError(f"expected max_new_tokens of at least 1; got {settings[0]}. Give answers room for a token.")
     (new, pad_id, eos_id), width, device = settings, max(map(len, prompts)), device_of(model)
     ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -81,12 +101,12 @@ def _generate(model: nn.Module, prompts: Sequence[Sequence[int]], counts: Sequen
         route([count * kwargs["input_ids"].shape[1] for count in counts])
 
     ends = eos_id if eos_id is not None else model.generation_config.eos_token_id
-    ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}
+    ends = set(ends) if isinstance(ends, Sequence) else {ends}
     hook = model.register_forward_pre_hook(before, with_kwargs=True)
     try:
-        with _quiet(model):
+        with eval_mode(model):
             lines = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new, do_sample=False, num_beams=1,
-                                   pad_token_id=pad_id, **({} if eos_id is None else {"eos_token_id": eos_id}))
+                                   pad_token_id=pad_id, **({} if eos_id is None else {"eos_token_id": sorted(ends)}))
     finally:
         hook.remove()
     answers = lines[:, width:].tolist()
@@ -95,11 +115,16 @@ def _generate(model: nn.Module, prompts: Sequence[Sequence[int]], counts: Sequen
 
 def sequence_log_likelihoods(model: nn.Module, rows: Sequence[Row], batch_size: int = 8, pad_id: int = 0) -> list[float]:
     """log p of each row's labelled tokens given those before them, summed: what choices are scored by."""
-    found = [0.0] * len(rows)
-    for indices, batch, losses, _ in _passes(model, list(rows), batch_size, pad_id, lambda *_: None):
-        for i, loss in zip(indices, sequence_sums(losses, batch).tolist(), strict=True):
-            found[i] = -loss
-    return found
+    return _log_likelihoods(model, [rows], batch_size, pad_id, None)[0]
+
+
+def log_likelihoods_clients(model: nn.Module, views: Mapping[str, Adapters | None], rows: Mapping[str, Sequence[Row]],
+                            batch_size: int = 8, pad_id: int = 0) -> dict[str, list[float]]:
+    """`sequence_log_likelihoods` of every client's own model on its rows, by name, all clients together."""
+    def measure(names: list[str], route: Route) -> list[list[float]]:
+        return _log_likelihoods(model, [rows[name] for name in names], batch_size, pad_id, route)
+
+    return _for_clients(model, views, measure)
 
 
 def with_reference(model: nn.Module, rows: Sequence[Row], batch_size: int = 8, pad_id: int = 0) -> list[dict[str, Any]]:
@@ -107,6 +132,16 @@ def with_reference(model: nn.Module, rows: Sequence[Row], batch_size: int = 8, p
     pairs = [row[side] for row in rows for side in ("chosen", "rejected")]
     log_p = sequence_log_likelihoods(model, pairs, batch_size, pad_id)
     return [{**row, "reference": (log_p[2 * i], log_p[2 * i + 1])} for i, row in enumerate(rows)]
+
+
+def _for_clients(model: nn.Module, views: Mapping[str, Adapters | None],
+                 work: Callable[[list[str], Route], Sequence[T]]) -> dict[str, T]:
+    """Every client's part of work(names, route), called for as many clients as one kernel takes, their adapters attached."""
+    own, out = {name: view or {} for name, view in views.items()}, {}
+    for names in together(own):
+        with _routed(model, [own[name] for name in names]) as route:
+            out.update(zip(names, work(names, route), strict=True))
+    return out
 
 
 @contextlib.contextmanager
@@ -119,8 +154,8 @@ def _routed(model: nn.Module, views: Sequence[Adapters]) -> Iterator[Route]:
 
 
 @contextlib.contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients while the block runs."""
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients while the block runs; the model's mode is put back."""
     was_training = model.training
     model.eval()
     try:
@@ -135,10 +170,9 @@ def _passes(model: nn.Module, rows: Sequence[Row], batch_size: int, pad_id: int,
     """(indices of the rows of a pass, its batch, the losses and hits of its labelled tokens), pass by pass, rows of like length
     together. route(indices, batch) is called before each."""
     packs, device = traits_of(model).packs, device_of(model)
-    if batch_size < 1:
-        raise DataError(f"expected a batch size of at least 1; got {batch_size}")
+    _check_size(batch_size)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
-    with _quiet(model), packable(model) if packs else contextlib.nullcontext():
+    with eval_mode(model), packable(model) if packs else contextlib.nullcontext():
         for start in range(0, len(order), batch_size):
             indices = sorted(order[start:start + batch_size])
             batch = batch_of([rows[i] for i in indices], packs, pad_id).map(lambda t: t.to(device))
@@ -151,18 +185,9 @@ def _passes(model: nn.Module, rows: Sequence[Row], batch_size: int, pad_id: int,
 def _measure(model: nn.Module, rows: Sequence[Sequence[Row]], batch_size: int, pad_id: int, route: Route | None,
              on_rows: Callable[[int], None] | None = None) -> list[dict[str, float] | None]:
     """Loss and accuracy of every client's rows; None for one without a labelled token."""
-    whose = [k for k, mine in enumerate(rows) for _ in mine]
-    flat = [row for mine in rows for row in mine]
+    whose, flat = _flat(rows)
     total, right, tokens = ([0.0] * len(rows) for _ in range(3))
-
-    def send(indices: Sequence[int], batch: Batch) -> None:
-        spans = [0] * len(rows)
-        for i, span in zip(indices, batch.spans, strict=True):
-            spans[whose[i]] += span
-        if route is not None:
-            route(spans)
-
-    for indices, batch, losses, hits in _passes(model, flat, batch_size, pad_id, send):
+    for indices, batch, losses, hits in _passes(model, flat, batch_size, pad_id, _sender(whose, len(rows), route)):
         found = torch.stack([sequence_sums(t.double(), batch) for t in (losses, hits)]).tolist()
         for i, loss, good in zip(indices, *found, strict=True):
             total[whose[i]] += loss
@@ -171,6 +196,40 @@ def _measure(model: nn.Module, rows: Sequence[Sequence[Row]], batch_size: int, p
         if on_rows is not None:
             on_rows(len(indices))
     return [_summary(loss, good, count) if count else None for loss, good, count in zip(total, right, tokens, strict=True)]
+
+
+def _log_likelihoods(model: nn.Module, rows: Sequence[Sequence[Row]], batch_size: int, pad_id: int, route: Route | None,
+                     ) -> list[list[float]]:
+    """log p of the labels of every client's rows."""
+    whose, flat = _flat(rows)
+    found = [0.0] * len(flat)
+    for indices, batch, losses, _ in _passes(model, flat, batch_size, pad_id, _sender(whose, len(rows), route)):
+        for i, loss in zip(indices, sequence_sums(losses, batch).tolist(), strict=True):
+            found[i] = -loss
+    each = iter(found)
+    return [[next(each) for _ in mine] for mine in rows]
+
+
+def _flat(rows: Sequence[Sequence[Row]]) -> tuple[list[int], list[Row]]:
+    """(whose each row is, the rows of all)."""
+    return [k for k, mine in enumerate(rows) for _ in mine], [row for mine in rows for row in mine]
+
+
+def _sender(whose: Sequence[int], count: int, route: Route | None) -> Callable[[Sequence[int], Batch], None]:
+    """Tells route, before a pass, how many of its places are whose."""
+    def send(indices: Sequence[int], batch: Batch) -> None:
+        spans = [0] * count
+        for i, span in zip(indices, batch.spans, strict=True):
+            spans[whose[i]] += span
+        if route is not None:
+            route(spans)
+
+    return send
+
+
+def _check_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise DataError(f"expected a batch size of at least 1; got {batch_size}. Set it to the sequences that one pass may hold.")
 
 
 def _summary(total: float, right: float, tokens: float) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """Rows of one form from files of many: `{"prompt": text or messages, "completion": text, ...the other columns}`.
 
-Four common forms are told apart by their columns, not by their file's name: prompt and completion (texts, or lists of
-messages), messages, conversations (ShareGPT), instruction and output (Alpaca).
+Five common forms are told apart by their columns, not by their file's name: prompt and completion (texts, or lists of
+messages), messages, conversations (ShareGPT), instruction and output (Alpaca), question and answer. A column `answer`
+is kept, also where it is what is learnt: an evaluation by exact match reads it.
 """
 
 import json
@@ -69,7 +70,7 @@ def normalise(rows: Iterable[Row], name: str = "the data") -> list[Row]:
                 f"row {number} of {name} is not well formed: {error}; expected the columns of {_accepted()}"
             ) from error
         if completion.strip() and (prompt or isinstance(prompt, str)):
-            others = {key: value for key, value in row.items() if key not in used}
+            others = {key: value for key, value in row.items() if key not in used or key == "answer"}
             kept.append({**others, "prompt": prompt, "completion": completion})
     if len(kept) < count:
         log.warning("%s: left out %d of %d rows, which have no prompt or no completion", name, count - len(kept), count)
@@ -106,11 +107,19 @@ def _from_alpaca(row: Row) -> tuple[str | list[Row], str]:
     return "\n\n".join(part for part in (_text(row["instruction"]), context) if part), _text(row["output"])
 
 
+def _from_question(row: Row) -> tuple[str | list[Row], str]:
+    """Convert a question and its answer; with choices the answer is the number of one, which is not what to learn."""
+    if "choices" in row:
+        raise ValueError("it has choices, so its answer is the number of one; write the answer out, or leave choices out")
+    return _text(row["question"]), _text(row["answer"])
+
+
 _FORMS: tuple[tuple[tuple[str, ...], tuple[str, ...], Callable[[Row], tuple[str | list[Row], str]]], ...] = (
     (("prompt", "completion"), (), _from_pair),
     (("messages",), (), _from_messages),
     (("conversations",), (), _from_sharegpt),
     (("instruction", "output"), ("input",), _from_alpaca),
+    (("question", "answer"), (), _from_question),
 )
 
 

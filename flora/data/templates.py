@@ -57,6 +57,24 @@ def tokenize_rows(
     return tokenized
 
 
+def tokenize_prompts(
+    tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row], max_length: int, chat_template: bool = True
+) -> list[list[int]]:
+    """Turn rows' prompts into token ids as `tokenize_rows` does, up to where the answer starts; no completion is read.
+
+    Too long: the prompt loses its start. Raises DataError: a row without a prompt, a template that refuses a row's
+    roles, max_length below 1.
+    """
+    if max_length < 1:
+        raise DataError(f"max_length should be at least 1 (a prompt token), it is {max_length}")
+    if not rows:
+        return []
+    chat = chat_template and bool(getattr(tokenizer, "chat_template", None))
+    texts = [_render(tokenizer, {**row, "completion": ""}, i, chat)[0] for i, row in enumerate(rows)]
+    before = [] if chat else _start(tokenizer)
+    return [(before + prompt)[-max_length:] for prompt in _ids(tokenizer, texts)]
+
+
 def _render(tokenizer: "PreTrainedTokenizerBase", row: Row, number: int, chat: bool) -> tuple[str, str, str]:
     """Write a row out: the prompt, the whole, and the completion for when the prompt is not where the whole starts."""
     prompt, completion = row.get("prompt"), row.get("completion")
