@@ -14,13 +14,15 @@ LAYERS = [
     ["layer"], ["shared"], ["targets"],
     ["nn"], ["packed"], ["messages"], ["versions"], ["formats"], ["strategies"], ["data"], ["packing"], ["losses"], ["evaluate"],
     ["client", "clock", "budget"], ["steps"], ["member"], ["loop"], ["cohort"], ["group"], ["stream"], ["server"],
-    ["checkpoint"], ["report"], ["engines.prepare"], ["engines.local", "engines.flower", "engines.nvflare"], ["engines"],
-    ["integrations"], ["doctor", "tuning", "shards"], ["cli"]]
+    ["checkpoint"], ["report"], ["spread"], ["tables", "plots"], ["engines.prepare"],
+    ["engines.local", "engines.flower", "engines.nvflare"], ["engines"],
+    ["integrations"], ["doctor", "tuning", "shards", "comparison", "verification"], ["cli"]]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PACKAGES = ("strategies", "data", "integrations", "kernels.triton")     # their own files may import each other
 LIGHT = {"torch", "numpy", "safetensors", "flora"}
 HEAVY_ALLOWED = {"config": {"pydantic", "yaml"}, "report": {"rich"}, "doctor": {"rich"}, "engines.local": {"rich", "yaml"},
-                 "kernels.triton": {"triton"}, "shards": {"rich"}}
+                 "kernels.triton": {"triton"}, "shards": {"rich"},
+                 "tables": {"rich"}, "comparison": {"rich", "yaml"}, "verification": {"rich"}}
 
 
 def unit(name):
