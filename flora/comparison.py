@@ -147,7 +147,7 @@ def compare(config: RunConfig | Mapping[str, Any] | str | Path, strategies: Sequ
     console = Console(stderr=True)
     for number, ((one, seed, wanted), how) in enumerate(zip(jobs, found, strict=True), 1):
         note = {"finished": ": finished before", "resume": ": goes on"}.get(how, "")
-        console.print(f"{one.name}, seed {seed} ({number} of {len(jobs)}){note}", highlight=False, soft_wrap=True)
+        console.print(f"{one.name}, seed {seed} ({number} of {len(jobs)}){note}", highlight=False, markup=False, soft_wrap=True)
         if how != "finished":
             _run(wanted, how)
     results = {one.name: _measured(one, {seed: wanted for other, seed, wanted in jobs if other is one}) for one in plan}
@@ -203,7 +203,7 @@ def _report(where: Path, config: RunConfig, choices: Sequence[Mapping[str, Any]]
     if not drawn:
         console.print("no plot: matplotlib is missing; pip install 'flora[plot]', and compare again", markup=False)
     console.print(f"every number is in {where / 'compare.json'}, the tables in {where / 'compare.md'}", highlight=False,
-                  soft_wrap=True)
+                  markup=False, soft_wrap=True)
 
 
 def _strict(value: Any) -> Any:

@@ -4,12 +4,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.box import SIMPLE
+from rich.markup import escape
 from rich.table import Table
 
 from flora.spread import ACCURACY, LOSS, finite
 
 Entry = Mapping[str, Any]
-NOTHING, VERDICT = "–", "which is"
+NOTHING = "–"
+WORDS = ("entry", "of", "which is", "best")                     # columns of words; the first wraps down to NAME letters
+NAME = 12
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,15 @@ class Page:
     note: str = ""
 
     def rich(self) -> Table:
-        """For the terminal; the first column, which may wrap, and words to the left, numbers to the right."""
-        table = Table(title=self.title, title_justify="left", box=SIMPLE, caption=self.note or None, caption_justify="left")
+        """For the terminal; words to the left, numbers to the right. Where it is narrow, names are wrapped, and no number is."""
+        table = Table(title=escape(self.title), title_justify="left", box=SIMPLE, caption=self.note or None, caption_justify="left",
+                      padding=(0, 1, 0, 0))
         for i, name in enumerate(self.columns):
-            table.add_column(name, justify="left" if i == 0 or name == VERDICT else "right", overflow="fold", no_wrap=i > 0)
+            widest = max((len(row[i]) for row in self.rows), default=0)
+            table.add_column(escape(name), justify="left" if name in WORDS else "right", overflow="fold",
+                             min_width=min(widest, NAME) if name == WORDS[0] else widest)
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         return table
 
     def markdown(self) -> str:
@@ -48,12 +54,16 @@ def percent(found: Mapping[str, Any] | None, sign: str = "") -> str:
     return plus_minus(found, ".1%", sign).replace("%", "")
 
 
+def _word(column: str) -> str:
+    return column.removeprefix("eval_").replace("_", " ")
+
+
 def final(entries: Sequence[Entry]) -> Page:
     """Each entry after its last round."""
     known = (LOSS, ACCURACY)
     more = list(dict.fromkeys(name for entry in entries for name in entry["final"] if name not in known))
     shares = {name for name in more if "accuracy" in name}
-    words = [name.removeprefix("eval_").replace("_", " ") + (", %" if name in shares else "") for name in more]
+    words = [_word(name) + (", %" if name in shares else "") for name in more]
     rows = []
     for entry in entries:
         found, best = entry["final"], entry["best"]
@@ -64,7 +74,7 @@ def final(entries: Sequence[Entry]) -> Page:
     seeds = entries[0]["seeds"]
     of = f"mean ± sd over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
     return Page(f"after the last round, held-out completions: {of}",
-                ["entry", "loss", "accuracy, %", *words, "best (round)", "MB up", "MB down", "s"], rows)
+                ["entry", "loss", "accuracy, %", *words, "best (after)", "MB up", "MB down", "s"], rows)
 
 
 def by_round(entries: Sequence[Entry]) -> Page:
@@ -85,11 +95,14 @@ def by_round(entries: Sequence[Entry]) -> Page:
 
 def against(entries: Sequence[Entry]) -> Page:
     """Every entry less the first, paired by seed."""
-    rows = [[entry["name"], plus_minus(entry["against_first"][LOSS], ".4f", "+"), entry["against_first"][LOSS]["says"],
-             percent(entry["against_first"].get(ACCURACY), "+"),
-             entry["against_first"].get(ACCURACY, {"says": NOTHING})["says"]] for entry in entries[1:]]
+    rows = []
+    for entry in entries[1:]:
+        for name, found in entry["against_first"].items():
+            share = "accuracy" in name
+            rows.append([entry["name"], _word(name) + (", points" if share else ""),
+                         (percent if share else plus_minus)(found, sign="+"), found["says"]])
     return Page(f"less {entries[0]['name']}, paired by seed: mean ± sd of the differences",
-                ["entry", "loss", VERDICT, "accuracy, points", VERDICT], rows,
+                ["entry", "of", "difference", "which is"], rows,
                 "Within the spread: |mean| <= t · sd / √n, Student's t at 95 %, two-sided.")
 
 
