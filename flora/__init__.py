@@ -13,6 +13,7 @@ _WHERE = {
     "LoRALinear": "layer", "attach": "nn", "adapters": "nn", "load_adapters": "nn", "merge": "nn", "detach": "nn",
     "Update": "messages", "Broadcast": "messages", "aggregate": "strategies", "STRATEGIES": "strategies",
     "LocalClient": "client", "TrainConfig": "client", "Cohort": "cohort", "run": "engines.local",
+    "compare": "comparison", "verify": "verification",
 }
 _MODULES = ("adapter", "cli", "client", "cohort", "config", "data", "engines", "errors", "evaluate", "formats", "kernels", "layer",
             "messages", "nn", "ops", "report", "server", "strategies")
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
     from flora.adapter import Adapter, Adapters, compress, fold, mean, pad, rescale, stack, truncate
     from flora.client import LocalClient, TrainConfig
     from flora.cohort import Cohort
+    from flora.comparison import compare
     from flora.engines.local import run
     from flora.layer import LoRALinear
     from flora.messages import Broadcast, Update
     from flora.nn import adapters, attach, detach, load_adapters, merge
     from flora.strategies import STRATEGIES, aggregate
+    from flora.verification import verify
 
 
 def __getattr__(name: str) -> object:

@@ -2,7 +2,8 @@
 
     config.yaml  environment.json  run.json     the resolved settings, versions and kernels, how far it came
     metrics.jsonl                               one JSON row a client and round, one a server evaluation
-    rounds/NUMBER/clients/NAME, .../aggregate   adapters in PEFT's format, of the last keep_rounds rounds
+    rounds/NUMBER/clients/NAME, .../aggregate   adapters in PEFT's format, of the last keep_rounds rounds; .../start: the part
+                                                of the aggregate that training goes on from, where there is one
     checkpoint/NUMBER                           what resume needs; only while the run is unfinished
     model/                                      the merged model and its tokenizer, when the run is finished
     adapter/                                    in its place, where updates stay beside the base (merge_into: adapter)
@@ -22,7 +23,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from flora.adapter import Adapters
+from flora.adapter import Adapters, all_layers, stack
 from flora.data.fetch import no_progress_bars
 from flora.errors import RunError
 from flora.files import safe_name, staged, write_text
@@ -132,15 +133,19 @@ class RunFolder:
             write_text(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
 
     def save_round(self, number: int, updates: Sequence[Update], broadcast: Broadcast, keep: int, base_model: str) -> None:
-        """Writes every client's adapters and the aggregate (stack or average) in PEFT's format; drops rounds beyond `keep`."""
-        if keep == 0 or not any(update.adapters for update in updates):     # whole weights are not kept
+        """Writes in PEFT's format every client's adapters, the aggregate (merge and start together: a stack of both), and the
+        start alone, where training continues; drops rounds beyond `keep`. Whole weights (full fine-tuning) are not kept."""
+        if keep == 0 or not any(update.adapters for update in updates):
             return
         with disk_errors(self.path), staged(self.path / "rounds" / str(number)) as folder:
             for update in updates:
                 save_peft(update.adapters, folder / "clients" / safe_name(update.client), base_model)
-            aggregate = broadcast.merge or broadcast.start
-            if aggregate:
+            parts = [part for part in (broadcast.merge, broadcast.start) if part]
+            if parts:
+                aggregate = {layer: stack([part[layer] for part in parts if layer in part]) for layer in all_layers(parts)}
                 save_peft(aggregate, folder / "aggregate", base_model)
+            if broadcast.start:
+                save_peft(broadcast.start, folder / "start", base_model)
         for old in (self.path / "rounds").iterdir():
             if old.name.isdigit() and int(old.name) <= number - keep:
                 shutil.rmtree(old, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The verbs: `flora run | resume | fetch | merge | tune | doctor`, two lines of Python each; an error says what to do."""
+"""The verbs: `flora run | resume | compare | verify | fetch | merge | tune | doctor`, short; an error says what to do."""
 import dataclasses
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -8,11 +8,16 @@ from flora.errors import FloraError
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from flora.config import RunConfig
+
 USAGE = """\
 flora: federated LoRA fine-tuning with mixed ranks, aggregated exactly
 
   flora run [CONFIG.yaml] [--key value ...]   run a federated fine-tuning     flora run --lora_r 64 16 4 --num_clients 3
   flora resume FOLDER                         go on with an interrupted run   flora resume runs/demo
+  flora compare [CONFIG.yaml] --strategies A,B[:key=value] [--seeds 0,1,2] [--lr-grid 1e-4,1e-3] [--key value ...]
+                                              strategies on equal terms       flora compare c.yaml --strategies flora,fedit
+  flora verify FOLDER                         aggregates, recomputed in fp64  flora verify runs/demo
   flora fetch [NAME ...]                      models and data by name         flora fetch smollm2-135m chitchat
   flora merge BASE ADAPTER ... --out DIR      PEFT adapters into a model      flora merge smollm2-135m alice bob --out merged
   flora tune [--shapes OUTxIN ...]            measure kernel forms on this GPU        flora tune --shapes 4096x4096
@@ -27,11 +32,11 @@ class _Usage(Exception):
     """Words after `flora` that are no call of it."""
 
 
-def _run(arguments: list[str]) -> None:
+def _config(arguments: list[str], verb: str) -> "RunConfig":
+    """A verb's config: the file that the first word names, if it is no option, and options over it."""
     from flora.config import load, parse
-    from flora.engines.local import run
 
-    settings, name = {}, ""
+    arguments, settings, name = list(arguments), {}, ""
     if arguments and not arguments[0].startswith("-"):
         name = arguments.pop(0)
         settings = load(name)
@@ -40,9 +45,46 @@ def _run(arguments: list[str]) -> None:
         import tyro
 
         options = _options(config)
-        settings = dataclasses.asdict(tyro.cli(type(options), prog="flora run [CONFIG.yaml]", args=arguments, default=options))
+        program = f"flora {verb} [CONFIG.yaml]"
+        settings = dataclasses.asdict(tyro.cli(type(options), prog=program, args=arguments, default=options))
         config = parse(settings, f"{name} and the command line" if name else "the command line")
+    return config
+
+
+def _run(arguments: list[str]) -> None:
+    config = _config(arguments, "run")
+    from flora.engines.local import run
+
     run(config)
+
+
+def _compare(arguments: list[str]) -> None:
+    import argparse
+
+    parser = argparse.ArgumentParser("flora compare", add_help=False, allow_abbrev=False)
+    parser.add_argument("--strategies")
+    parser.add_argument("--seeds")
+    parser.add_argument("--lr-grid", "--lr_grid")
+    own, rest = parser.parse_known_args(arguments)
+    if not own.strategies:
+        raise _Usage("expected --strategies: flora compare config.yaml --strategies flora,fedit,flora:start=warm --seeds 0,1,2")
+    config = _config(rest, "compare")
+    from flora.comparison import compare, split_entries
+
+    try:
+        seeds = [int(seed) for seed in own.seeds.split(",")] if own.seeds else [config.seed]
+        rates = [float(rate) for rate in own.lr_grid.split(",")] if own.lr_grid else []
+    except ValueError as error:
+        raise _Usage(f"expected numbers, with commas between them: --seeds 0,1,2 --lr-grid 1e-4,1e-3; {error}") from None
+    compare(config, split_entries(own.strategies), seeds, rates)
+
+
+def _verify(arguments: list[str]) -> None:
+    if len(arguments) != 1:
+        raise _Usage("expected one folder: flora verify runs/demo")
+    from flora.verification import show, verify
+
+    show(verify(arguments[0]))
 
 
 def _options(config: "BaseModel") -> object:
@@ -97,7 +139,8 @@ def _doctor(arguments: list[str]) -> None:
     doctor()
 
 
-VERBS = {"run": _run, "resume": _resume, "fetch": _fetch, "merge": _merge, "tune": _tune, "doctor": _doctor}
+VERBS = {"run": _run, "resume": _resume, "compare": _compare, "verify": _verify, "fetch": _fetch, "merge": _merge,
+         "tune": _tune, "doctor": _doctor}
 
 
 def _call(arguments: list[str]) -> None:
@@ -136,7 +179,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"flora: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nflora: stopped. What was written is readable; a run goes on with: flora resume FOLDER", file=sys.stderr)
+        print("\nflora: stopped. What was written is readable; a run goes on with: flora resume FOLDER, "
+              "a comparison with the same command", file=sys.stderr)
         return 130
 
 

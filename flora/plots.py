@@ -1,0 +1,54 @@
+"""Loss and accuracy by round, one line an entry with a band of ± sd: an SVG on white, readable on light and on dark pages."""
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flora.spread import ACCURACY, LOSS
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; after them again, dashed.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+STYLES = ("-", "--", ":", "-.")
+PANELS = {LOSS: ("held-out loss", 1.0), ACCURACY: ("next-token accuracy, %", 100.0)}
+COLUMNS = 3
+
+
+def draw(entries: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """Writes the SVG; False where matplotlib is missing. entries: as spread.over_seeds gives them, with "name"."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError:
+        return False
+    look = {"font.family": "sans-serif", "font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "flora"}
+    with matplotlib.rc_context(look):
+        lines = -(-len(entries) // COLUMNS)
+        figure = Figure(figsize=(8.0, 3.3 + 0.2 * lines), layout="constrained")
+        for panel, (column, (what, factor)) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
+            for number, entry in enumerate(entries):
+                _line(panel, entry["by_round"].get(column, {}), factor, number, entry["name"])
+            panel.set_title(what, fontsize=9, loc="left")
+            panel.set_xlabel("rounds done")
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+            panel.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+            panel.set_axisbelow(True)
+            panel.spines[["top", "right"]].set_visible(False)
+        handles, names = panel.get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower left", ncols=min(COLUMNS, len(names)), frameon=False)
+        temporary = path.with_name(f".{path.name}.new")
+        figure.savefig(temporary, format="svg", facecolor="white", metadata={"Date": None})
+    temporary.replace(path)
+    return True
+
+
+def _line(panel: Any, by_round: Mapping[int, Mapping[str, Any]], factor: float, number: int, name: str) -> None:
+    """The means, and a band where a spread is known; a round that diverged leaves a gap at the end of its line."""
+    points = [(done, found) for done, found in sorted(by_round.items()) if found["mean"] is not None]
+    colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
+    means = [factor * found["mean"] for _, found in points]
+    half = [factor * (found["sd"] or 0.0) for _, found in points]
+    rounds = [done for done, _ in points]
+    panel.plot(rounds, means, style, color=colour, marker="o", markersize=3.5, linewidth=1.6, label=name)
+    if any(half):
+        panel.fill_between(rounds, [m - h for m, h in zip(means, half, strict=True)],
+                           [m + h for m, h in zip(means, half, strict=True)], color=colour, alpha=0.15, linewidth=0)
