@@ -14,6 +14,7 @@ USAGE = """\
 flora: federated LoRA fine-tuning with mixed ranks, aggregated exactly
 
   flora run [CONFIG.yaml] [--key value ...]   run a federated fine-tuning     flora run --lora_r 64 16 4 --num_clients 3
+  flora run ... --dry-run                     clients, ranks, steps and bytes, without weights or training
   flora resume FOLDER                         go on with an interrupted run   flora resume runs/demo
   flora compare [CONFIG.yaml] --strategies A,B[:key=value] [--seeds 0,1,2] [--lr-grid 1e-4,1e-3] [--key value ...]
                                               strategies on equal terms       flora compare c.yaml --strategies flora,fedit
@@ -52,7 +53,13 @@ def _config(arguments: list[str], verb: str) -> "RunConfig":
 
 
 def _run(arguments: list[str]) -> None:
-    config = _config(arguments, "run")
+    dry = "--dry-run" in arguments
+    config = _config([argument for argument in arguments if argument != "--dry-run"], "run")
+    if dry:
+        from flora.engines.plan import plan, show
+
+        show(config, plan(config))
+        return
     from flora.engines.local import run
 
     run(config)

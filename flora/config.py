@@ -39,6 +39,8 @@ class RunConfig(_Strict):
 
     model_name_or_path: str = "smollm2-135m"
     """A fetched name, a folder, a .gguf file, or a name of the hub."""
+    num_hidden_layers: PositiveInt | None = None
+    """Take only so many of the model's first blocks: a comparison in minutes."""
     dataset: str = "chitchat"
     """A fetched name, a .json, .jsonl, .parquet or .csv file or a folder of them, or a name of the hub."""
     partition: PartitionConfig = PartitionConfig()
@@ -159,6 +161,8 @@ class RunConfig(_Strict):
     """Keep the adapters of so many of the last rounds."""
     checkpoint_every: NotNegative = 1
     """Write what `flora resume` needs after every so many rounds; 0: never."""
+    save_model: bool = True
+    """Write the merged model, or the adapter beside the base, when the run is finished."""
     quiet: bool = False
     """No progress display, only the final table."""
 

@@ -84,3 +84,17 @@ def test_the_real_model_answers():
         said = model.generate(torch.tensor([start]), max_new_tokens=12, do_sample=False)[0, len(start) :]
     assert "Paris" in tokenizer.decode(said)
     assert model.dtype == torch.float32 and tokenizer.pad_token is not None
+
+
+def test_a_model_can_be_cut_to_its_first_blocks(tmp_path, caplog):
+    import torch
+    from tiny import llama, save_model
+
+    save_model(tmp_path)
+    short, whole = data.load_model(tmp_path, "float32", 1), llama()
+    assert len(short.model.layers) == short.config.num_hidden_layers == 1 and "UNEXPECTED" not in caplog.text
+    for name, weight in short.state_dict().items():
+        assert torch.equal(weight, whole.state_dict()[name])
+    assert len(data.load_model(tmp_path, "float32", 2).model.layers) == 2
+    with pytest.raises(DataError, match="at least 3 blocks; it has 2"):
+        data.load_model(tmp_path, "float32", 3)

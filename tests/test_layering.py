@@ -16,14 +16,14 @@ LAYERS = [
     ["strategies"], ["data"], ["packing"], ["losses"], ["evaluate"], ["scoring"], ["mmlu", "mt_bench"],
     ["client", "clock", "budget"], ["steps"], ["member"], ["loop"], ["cohort"], ["group"], ["stream"], ["server"],
     ["checkpoint"], ["report"], ["spread"], ["tables", "plots"], ["engines.scores"], ["engines.prepare"], ["engines.traffic"],
-    ["engines.measure"], ["engines.local", "engines.flower", "engines.nvflare"], ["engines"],
+    ["engines.measure", "engines.plan"], ["engines.local", "engines.flower", "engines.nvflare"], ["engines"],
     ["integrations"], ["doctor", "tuning", "shards", "comparison", "verification"], ["cli"]]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PACKAGES = ("strategies", "data", "integrations", "kernels.triton")     # their own files may import each other
 LIGHT = {"torch", "numpy", "safetensors", "flora"}
 HEAVY_ALLOWED = {"config": {"pydantic", "yaml"}, "report": {"rich"}, "doctor": {"rich"}, "engines.local": {"rich", "yaml"},
-                 "kernels.triton": {"triton"}, "shards": {"rich"},
-                 "tables": {"rich"}, "comparison": {"rich", "yaml"}, "verification": {"rich"}}
+                 "engines.plan": {"rich"}, "kernels.triton": {"triton"}, "shards": {"rich"}, "tables": {"rich"},
+                 "comparison": {"rich", "yaml"}, "verification": {"rich"}}
 
 
 def unit(name):

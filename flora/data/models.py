@@ -10,7 +10,7 @@ from flora.files import staged
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def resolve_model(name_or_path: str | Path) -> str:
@@ -37,13 +37,17 @@ def resolve_model(name_or_path: str | Path) -> str:
     return text
 
 
-def load_model(name_or_path: str | Path, dtype: "torch.dtype | str" = "auto") -> "PreTrainedModel":
+def load_model(
+    name_or_path: str | Path, dtype: "torch.dtype | str" = "auto", num_hidden_layers: int | None = None
+) -> "PreTrainedModel":
     """Load a causal language model, in `dtype` (a torch dtype, its name, or "auto": as it was saved).
 
-    Raises DataError when nothing readable is there, with what to do.
+    num_hidden_layers: only so many of its first blocks. Raises DataError when nothing readable is there, with what to
+    do, or where it has fewer blocks.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
     if isinstance(dtype, str) and dtype != "auto":
         wanted = getattr(torch, dtype, None)
@@ -53,9 +57,31 @@ def load_model(name_or_path: str | Path, dtype: "torch.dtype | str" = "auto") ->
     where = resolve_model(name_or_path)
     with no_progress_bars():
         try:
-            return AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
+            if num_hidden_layers is None:
+                return AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
+            config = AutoConfig.from_pretrained(where)
+            if config.num_hidden_layers < num_hidden_layers:
+                raise ValueError(f"expected at least {num_hidden_layers} blocks; it has {config.num_hidden_layers}")
+            level = logging.get_verbosity()
+            logging.set_verbosity_error()                       # the blocks left out are no surprise
+            try:
+                return AutoModelForCausalLM.from_pretrained(
+                    where, config=_shortened(config, num_hidden_layers), dtype=dtype
+                )
+            finally:
+                logging.set_verbosity(level)
         except Exception as error:  # the readers below raise a dozen classes for one fact: not a readable model
             raise DataError(_unreadable("model", name_or_path, error)) from error
+
+
+def _shortened(config: "PreTrainedConfig", blocks: int) -> "PreTrainedConfig":
+    """Return the config of the first `blocks` blocks: lists with an entry a block are cut too."""
+    before = config.num_hidden_layers
+    for name, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == before:
+            setattr(config, name, value[:blocks])
+    config.num_hidden_layers = blocks
+    return config
 
 
 def load_tokenizer(name_or_path: str | Path) -> "PreTrainedTokenizerBase":

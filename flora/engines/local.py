@@ -76,15 +76,22 @@ def _run(config: RunConfig, folder: RunFolder, job: Job, resumed: Resumed | None
         if server.broadcast.start is not None:
             seed = job.merge_config.seed_of(server.broadcast.version)
             write_into(job.model, server.broadcast.start, job.merge_config, seed)    # last: nothing trains on this model any more
-        saved = folder.save_model(job.model, job.tokenizer, config.model_name_or_path)
+        for path in job.scores.write_answers(job.model, folder.path, folder.path.name):
+            report.say(f"answers in {path}")
+        saved = folder.save_model(job.model, job.tokenizer, config.model_name_or_path) if config.save_model else None
         folder.mark("finished", done)
     console = Console()
     for table in report.table():
         console.print(table)
+    console.print(f"{_result(server, saved)}, every row in {folder.path / 'metrics.jsonl'}", highlight=False, soft_wrap=True)
+
+
+def _result(server: Server, saved: Path | None) -> str:
+    if saved is None:
+        return "no model was saved (save_model)"
     what = "the merged model" if saved.name == "model" else "the sum of all updates, an adapter for the untouched base,"
     what = "the clients' models stay theirs (rounds/); the untouched base" if server.strategy.home else what
-    console.print(f"{what} is in {saved}, every row in {folder.path / 'metrics.jsonl'}", highlight=False,
-                  soft_wrap=True)
+    return f"{what} is in {saved}"
 
 
 @dataclass

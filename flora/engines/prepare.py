@@ -13,7 +13,7 @@ from flora import kernels
 from flora.client import LocalClient, TrainConfig
 from flora.config import RunConfig
 from flora.data import Partition, epoch_order, load_model, load_rows, load_tokenizer, partition, split, tokenize_rows
-from flora.engines.scores import Scores
+from flora.engines.scores import Scores, scores_of
 from flora.errors import ConfigError, DataError
 from flora.strategies import STRATEGIES, Strategy, strategy_named
 from flora.versions import MergeConfig
@@ -123,11 +123,15 @@ def prepare(config: RunConfig, say: Callable[[str], None], base: Path | None = N
                         "bring more rows.")
     say(f"model: {config.model_name_or_path}, {str(dtype).removeprefix('torch.')} on {device}")
     tokenizer = load_tokenizer(config.model_name_or_path)
-    model = load_model(base or config.model_name_or_path, dtype).to(device)
+    model = load_model(base or config.model_name_or_path, dtype, config.num_hidden_layers).to(device)
 
     def tokens(indices: list[int]) -> Rows:
         return tokenize_rows(tokenizer, [rows[i] for i in indices], config.max_length, config.chat_template)
 
+    held_out = {"": splits.server, **splits.eval}
+    if pooled:
+        held_out = {"": splits.server, POOLED: [i for indices in splits.eval.values() for i in indices]}
+    scores = scores_of(config, tokenizer, {name: [rows[i] for i in indices] for name, indices in held_out.items()})
     clients, eval_rows = [], {}
     for (name, indices), rank, alpha in zip(splits.train.items(), config.ranks(), config.alphas(), strict=True):
         kept = [indices[i] for i in epoch_order(len(indices), config.seed, name, "kept")[:config.max_examples_per_client]]
@@ -142,7 +146,7 @@ def prepare(config: RunConfig, say: Callable[[str], None], base: Path | None = N
     return Job(model, tokenizer, clients, eval_rows, tokens(splits.server),
                train_config(config, tokenizer.pad_token_id or 0, factor), config.per_device_eval_batch_size,
                MergeConfig(config.merge_into, config.merge_rounding, config.merge_residual, config.seed, config.merge_rank,
-                           config.merge_tol), Scores())
+                           config.merge_tol), scores)
 
 
 def environment() -> dict[str, Any]:

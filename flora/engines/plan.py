@@ -1,0 +1,176 @@
+"""`flora run --dry-run`: what a run would be, down to partitions, ranks and bytes, without weights and without training.
+
+Bytes are counted on messages that the strategy itself makes of random updates, for one layer of each shape, times the layers of
+that shape. A model or a data set of the hub that is not reached is taken from data.known, where it is there.
+"""
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from flora.adapter import Adapter
+from flora.client import LocalClient
+from flora.config import RunConfig
+from flora.data import Partition, load_rows, partition
+from flora.data.batches import steps_per_epoch
+from flora.data.known import ARCHITECTURES, ROWS
+from flora.data.models import resolve_model
+from flora.downlink import Downlink
+from flora.engines.prepare import POOLED, check
+from flora.engines.traffic import Traffic
+from flora.errors import DataError
+from flora.frames import frame
+from flora.member import starting_adapters
+from flora.messages import Broadcast, Update
+from flora.nn import target_shapes
+from flora.server import Server, first_broadcast
+from flora.strategies import strategy_named
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Shapes = Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """parameters: of the model; shapes: (out, in) of the layers with adapters; clients: name, rows, rank, alpha, steps of a round;
+    up, down: bytes of all clients, a round; first: bytes down before the first; full: bytes of the model's parameters."""
+    parameters: int
+    shapes: Shapes
+    clients: Sequence[dict[str, Any]]
+    up: Sequence[int]
+    down: Sequence[int]
+    first: int
+    full: int
+
+
+def outline(config: RunConfig) -> "PreTrainedModel":
+    """The model without its weights, on the meta device. Raises DataError where its config cannot be read and is not known."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    where = resolve_model(config.model_name_or_path)
+    if where in ARCHITECTURES:
+        own = AutoConfig.for_model(**ARCHITECTURES[where])
+    else:
+        try:
+            own = AutoConfig.from_pretrained(where)
+        except Exception as error:
+            raise DataError(f"model {config.model_name_or_path}: expected a config.json that can be read; got "
+                            f"{type(error).__name__}: {str(error).splitlines()[0]}. Known without one: {', '.join(ARCHITECTURES)}."
+                            ) from error
+    if config.num_hidden_layers is not None:
+        own.num_hidden_layers = config.num_hidden_layers
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(own)
+
+
+def _rows(config: RunConfig) -> dict[str, int]:
+    """Training and held-out rows together of every client, by name."""
+    rule = config.partition.model_dump(exclude_defaults=True) or {"iid": True}
+    if config.dataset in ROWS and rule == {"iid": True}:
+        rows: Sequence[Mapping[str, Any]] = [{}] * ROWS[config.dataset]
+    else:
+        rows = load_rows(config.dataset)
+    return {name: len(own) for name, own in partition(rows, config.num_clients, Partition(**rule), config.seed).items()}
+
+
+def plan(config: RunConfig, rounds: int = 2) -> Plan:
+    """What the run of this config would be; bytes of so many first rounds. Raises what the run would raise before it trains."""
+    check(config)
+    model = outline(config)
+    shapes = target_shapes(model, config.target_modules)
+    counts = _rows(config)
+    clients = []
+    for (name, held), rank, alpha in zip(counts.items(), config.ranks(), config.alphas(), strict=True):
+        kept = max(1, min(held - min(config.eval_rows_per_client, held // 5), config.max_examples_per_client or held))
+        epoch = steps_per_epoch(kept, config.per_device_train_batch_size, config.gradient_accumulation_steps)
+        steps = config.max_steps or math.ceil((config.num_train_epochs or 1.0) * epoch)
+        clients.append({"client": name, "rows": kept, "rank": rank, "alpha": alpha, "steps": steps})
+    if strategy_named(config.strategy).pooled:
+        largest = max(clients, key=lambda c: c["rank"])
+        clients = [{**largest, "client": POOLED, "rows": sum(c["rows"] for c in clients)}]
+    up, down, first = [0] * rounds, [0] * rounds, 0
+    for shape, times in Counter(shapes.values()).items():
+        one = _bytes(config, {"layer": shape}, clients, rounds)
+        first += times * one[2]
+        up = [a + times * b for a, b in zip(up, one[0], strict=True)]
+        down = [a + times * b for a, b in zip(down, one[1], strict=True)]
+    wide = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4 if not torch.cuda.is_available() else 2}[config.dtype]
+    parameters = sum(p.numel() for p in model.parameters())
+    return Plan(parameters, shapes, clients, up, down, first, wide * parameters)
+
+
+def _bytes(config: RunConfig, shapes: Shapes, clients: Sequence[Mapping[str, Any]],
+           rounds: int) -> tuple[list[int], list[int], int]:
+    """Bytes up and down of each round, and down before the first, of a model that has this layer alone."""
+    parties = [LocalClient(c["client"], [{}] * c["rows"], c["rank"], c["alpha"]) for c in clients]
+    options = config.strategy_options()
+    server = Server(config.strategy, parties, first_broadcast(config.strategy, shapes, parties, config.seed, options),
+                    config.fraction_train, config.weighting, config.seed, options=options,
+                    downlink=Downlink(config.downlink, config.downlink_tol), shapes=shapes)
+    server.rehearse()
+    traffic, draw = Traffic(), torch.Generator().manual_seed(config.seed)
+    base = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    first = sum(traffic.down(server, server.sample(0)).values())
+    up, down = [], []
+    for number in range(rounds):
+        sent = server.broadcast
+        updates = [_trained(client, sent, shapes, config.seed, draw) for client in server.sample(number)]
+        server.close(updates, base)
+        up.append(sum(traffic.up(server, updates, sent).values()))
+        down.append(sum(traffic.down(server, server.sample(number + 1)).values()))
+    return up, down, first
+
+
+def _trained(client: LocalClient, sent: Broadcast, shapes: Shapes, seed: int, draw: torch.Generator) -> Update:
+    """An update of this client whose trained parts are noise."""
+    def noise(*size: int) -> torch.Tensor:
+        return 0.01 * torch.randn(size, generator=draw)
+
+    adapters, metrics = {}, {"tokens": 1}
+    if sent.train == "weight":
+        return Update({}, len(client.rows), metrics, sent.version, client.name, {n: noise(*shape) for n, shape in shapes.items()})
+    for name, a in starting_adapters(client, sent.start, shapes, seed, sent.version).items():
+        A = a.A + noise(*a.A.shape) if "A" in sent.train else a.A
+        if sent.train == "core":
+            A = noise(a.rank, a.rank) @ frame(a.shape, a.rank, sent.frame, name)[0]
+        adapters[name] = Adapter(A, a.B + noise(*a.B.shape) if "B" in sent.train else a.B, a.scale)
+    return Update(adapters, len(client.rows), metrics, sent.version, client.name)
+
+
+def show(config: RunConfig, found: Plan) -> None:
+    """Prints a plan."""
+    console = Console()
+    total = found.first + sum(_extended(found.up, config.num_rounds)) + sum(_extended(found.down, config.num_rounds))
+    whole = 2 * found.full * config.num_rounds * max(1, round(config.fraction_train * config.num_clients))
+    console.print(f"{config.model_name_or_path}: {found.parameters / 1e6:,.0f} million parameters, adapters on {len(found.shapes)} "
+                  f"layers; strategy {config.strategy}, {config.num_rounds} rounds of {len(found.clients)} clients",
+                  highlight=False, soft_wrap=True)
+    table = Table(box=SIMPLE)
+    for name in ("client", "rows", "rank", "alpha", "steps a round"):
+        table.add_column(name, justify="left" if name == "client" else "right")
+    for client in found.clients:
+        table.add_row(*(str(client[key]) for key in ("client", "rows", "rank")), f"{client['alpha']:g}", str(client["steps"]))
+    console.print(table)
+    console.print(f"a round: {_mb(found.up[-1])} up, {_mb(found.down[-1])} down, all clients together; before the first: "
+                  f"{_mb(found.first)} down", highlight=False, soft_wrap=True)
+    console.print(f"the run: {_mb(total)}, {total / whole:.2%} of the whole model going up and down for each client in every round",
+                  highlight=False, soft_wrap=True)
+    if config.communication_budget_mb and total > 1e6 * config.communication_budget_mb:
+        console.print(f"more than the budget of {config.communication_budget_mb:g} MB: it would stop early", highlight=False)
+
+
+def _extended(values: Sequence[int], rounds: int) -> list[int]:
+    """Later rounds are as the last one that was counted."""
+    return [values[min(number, len(values) - 1)] for number in range(rounds)]
+
+
+def _mb(count: float) -> str:
+    return f"{count / 1e6:,.1f} MB"
