@@ -38,7 +38,7 @@ def verify(run: str | Path) -> list[dict[str, Any]]:
     """A row for every round that trained: {"round", "clients", "error", "layer", "layer_error", "exact", "reason"}.
 
     error = ‖aggregate − Σ p_k ΔW_k‖_F / ‖Σ p_k ΔW_k‖_F over all layers together, layer the worst one with its own error; None with
-    a reason where a round cannot be compared. What p_k lack to 1 (server_learning_rate, a factor as weighting, absent layers)
+    a reason where a round, or a layer that travelled as new weights, cannot be compared. What p_k lack to 1 (server_learning_rate, a factor as weighting, absent layers)
     counts as the start that was sent, as in strategies.base.
     exact: ‖aggregate − Σ p_k ΔW_k‖_F <= 2⁻²² Σ_i ‖b_i‖ |s_i| ‖a_i‖ over all ranks i of both sides: four fp32 roundings of each.
     Raises RunError for a folder that is not a run, ConfigError, AdapterError for files that cannot be read.
@@ -89,7 +89,12 @@ def _compared(folder: Path, number: int, trained: Mapping[int, Sequence[Mapping[
     earlier = [n for n in trained if n < number]                # before the first round every start has ΔW = 0
     if earlier and (here / "start").is_dir() and any(abs(1.0 - sum(p for _, p in terms)) > SHORT for terms in layers.values()):
         layers = by_layer(updates, config.weighting, absent, step, _sent(folder, max(earlier), config))
-    return _errors(layers, load_peft(here / "aggregate"))
+    made, note = load_peft(here / "aggregate"), ""
+    if config.downlink in ("dense", "auto"):
+        whole = [name for name in layers if name not in made]
+        layers = {name: terms for name, terms in layers.items() if name in made}
+        note = f"{len(whole)} layers travelled as new weights and are not compared" if whole else ""
+    return _errors(layers, made) | {"reason": note}
 
 
 def _kept(folder: Path, number: int, config: RunConfig) -> Path:
@@ -165,7 +170,8 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
         if row["error"] is None:
             table.add_row(str(row["round"]), str(row["clients"]), "–", "–", row["reason"])
         else:
-            table.add_row(str(row["round"]), str(row["clients"]), f"{row['error']:.1e}", f"{row['layer_error']:.1e}", row["layer"])
+            table.add_row(str(row["round"]), str(row["clients"]), f"{row['error']:.1e}", f"{row['layer_error']:.1e}",
+                          row["layer"] + (f" ({row['reason']})" if row["reason"] else ""))
     console = Console()
     console.print(table)
     console.print(conclusion(rows), highlight=False, markup=False, soft_wrap=True)

@@ -167,3 +167,15 @@ def test_the_aggregate_is_merge_and_start_and_a_layer_of_one_of_them(tmp_path):
     run.save_round(1, [update], Broadcast(merge={"a": one}), 2, "none")
     after = tmp_path / "run" / "rounds" / "1"
     assert not (after / "start").exists() and torch.equal(load_peft(after / "aggregate")["a"].B, one.B)
+
+
+@pytest.mark.parametrize(("name", "changes", "exact"), [
+    ("warm", {"start": "warm"}, True), ("fedex", {"strategy": "fedex"}, True), ("ffa", {"strategy": "ffa"}, True),
+    ("fedsb", {"strategy": "fedsb"}, True), ("factor", {"weighting": 0.2, "start": "warm", "server_learning_rate": 1.5}, True),
+    ("auto", {"downlink": "auto"}, True), ("cut", {"downlink": "threshold", "downlink_tol": 0.3}, False),
+    ("flexlora", {"strategy": "flexlora"}, False), ("tokens", {"weighting": "tokens"}, True)])
+def test_whole_runs_of_other_methods(runs, name, changes, exact):
+    settings = yaml.safe_load((runs["fedit"] / "config.yaml").read_text())
+    folder = flora.run({**settings, "strategy": "flora", "lora_r": 4, **changes, "output_dir": str(runs["fedit"].parent / name)})
+    rows = flora.verify(folder)
+    assert len(rows) == 2 and all(row["exact"] is exact for row in rows), [row["error"] for row in rows]
