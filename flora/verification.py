@@ -38,8 +38,8 @@ def verify(run: str | Path) -> list[dict[str, Any]]:
     """A row for every round that trained: {"round", "clients", "error", "layer", "layer_error", "exact", "reason"}.
 
     error = ‖aggregate − Σ p_k ΔW_k‖_F / ‖Σ p_k ΔW_k‖_F over all layers together, layer the worst one with its own error; None with
-    a reason where a round, or a layer that travelled as new weights, cannot be compared. What p_k lack to 1 (server_learning_rate, a factor as weighting, absent layers)
-    counts as the start that was sent, as in strategies.base.
+    a reason where a round, or a layer that travelled as new weights, cannot be compared. What p_k lack to 1
+    (server_learning_rate, a factor as weighting, absent layers) counts as the start that was sent, as in strategies.base.
     exact: ‖aggregate − Σ p_k ΔW_k‖_F <= 2⁻²² Σ_i ‖b_i‖ |s_i| ‖a_i‖ over all ranks i of both sides: four fp32 roundings of each.
     Raises RunError for a folder that is not a run, ConfigError, AdapterError for files that cannot be read.
     """
