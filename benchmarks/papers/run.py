@@ -34,6 +34,11 @@ def read(paper: str, name: str, scale: str) -> tuple[dict[str, Any], dict[str, A
     return own, settings
 
 
+def _without_folders(found: dict[str, Any]) -> dict[str, Any]:
+    """Where runs lay on the machine that made them is of no use elsewhere."""
+    return {key: value for key, value in found.items() if key != "folder"}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="experiments; all where none is named")
@@ -53,7 +58,7 @@ def main() -> None:
             continue                                            # a part: nothing is published from it
         out = RESULTS / device_name() / "papers"
         out.mkdir(parents=True, exist_ok=True)
-        found = json.loads((where / "compare.json").read_text())
+        found = json.loads((where / "compare.json").read_text(), object_hook=_without_folders)
         record = {"experiment": name, "paper": arguments.paper, "scale": arguments.scale, "title": own["title"],
                   "published": own.get("published"), "config": settings, "environment": environment(), "compare": found}
         (out / f"{arguments.paper}-{name}.json").write_text(json.dumps(record, indent=1) + "\n")

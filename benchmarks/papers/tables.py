@@ -1,0 +1,53 @@
+"""Writes docs/results.md from the published results: python -m benchmarks.papers.tables
+
+Of every experiment the tables that `flora compare` makes, beside what its paper reports; then what a person says of them, in
+benchmarks/papers/<paper>/notes.md.
+"""
+import json
+import shutil
+from typing import Any
+
+from benchmarks.papers.run import HERE, RESULTS
+from flora import tables
+
+OUT = HERE.parents[1] / "docs" / "results.md"
+HEAD = """# Results
+
+The experiments of `benchmarks/papers`, re-run on a model and data that anybody can fetch: `python -m benchmarks.papers.run`
+with `--scale cpu` takes the first two blocks of SmolLM2-135M and labelled tweets, with `--scale gpu` the whole model. Two blocks of
+thirty are no language model: what can be read off is how the methods differ, not how good a model gets. Losses and accuracies are
+of rows that nobody trained on; ± is the standard deviation over the seeds, and a difference counts where it is beyond what paired
+seeds scatter (95 %).
+"""
+
+
+def section(record: dict[str, Any], image: str) -> str:
+    """One experiment as Markdown."""
+    compared, config = record["compare"], record["config"]
+    entries = compared["entries"]
+    pages = [tables.final(entries), *([tables.against(entries)] if len(entries) > 1 else [])]
+    pages += [tables.grid(compared["learning_rates"])] if compared["learning_rates"] else []
+    seeds = ", ".join(map(str, entries[0]["seeds"]))
+    rank = config["lora_r"]
+    settings = (f"{config['num_clients']} clients, {config['num_rounds']} rounds of {config['max_steps']} steps of "
+                f"{config['per_device_train_batch_size']} rows, rank {rank}, seeds {seeds}, scale {record['scale']}"
+                + ("" if compared["learning_rates"] else f", learning rate {config['learning_rate']:g}"))
+    said = f"Published: {record['published'].strip()}\n" if record["published"] else ""
+    return "\n".join([f"## {record['title']}\n", settings + ".\n", said, *(page.markdown() for page in pages),
+                      f"![Loss and accuracy by round]({image})\n"])
+
+
+def main() -> None:
+    parts = [HEAD]
+    for path in sorted(RESULTS.glob("*/papers/*.json")):
+        record = json.loads(path.read_text())
+        image = f"results-{record['experiment']}-{record['scale']}.svg"
+        shutil.copyfile(path.with_suffix(".svg"), OUT.parent / image)
+        parts.append(section(record, image))
+    parts += [path.read_text() for path in sorted(HERE.glob("*/notes.md"))]
+    OUT.write_text("\n".join(parts))
+    print(f"wrote {OUT}")
+
+
+if __name__ == "__main__":
+    main()
