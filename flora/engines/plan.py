@@ -6,7 +6,7 @@ that shape. A model or a data set of the hub that is not reached is taken from d
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +30,7 @@ from flora.member import starting_adapters
 from flora.messages import Broadcast, Update
 from flora.nn import target_shapes
 from flora.server import Server, first_broadcast
-from flora.strategies import strategy_named
+from flora.strategies import leave_home, strategy_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -122,14 +122,15 @@ def _bytes(config: RunConfig, shapes: Shapes, clients: Sequence[Mapping[str, Any
     up, down = [], []
     for number in range(rounds):
         sent = server.broadcast
-        updates = [_trained(client, sent, shapes, config.seed, draw) for client in server.sample(number)]
+        trained = [_trained(client, sent, shapes, config, draw) for client in server.sample(number)]
+        updates = [replace(u, adapters=leave_home(u.adapters, server.strategy.home)) for u in trained]
         server.close(updates, base)
         up.append(sum(traffic.up(server, updates, sent).values()))
         down.append(sum(traffic.down(server, server.sample(number + 1)).values()))
     return up, down, first
 
 
-def _trained(client: LocalClient, sent: Broadcast, shapes: Shapes, seed: int, draw: torch.Generator) -> Update:
+def _trained(client: LocalClient, sent: Broadcast, shapes: Shapes, config: RunConfig, draw: torch.Generator) -> Update:
     """An update of this client whose trained parts are noise."""
     def noise(*size: int) -> torch.Tensor:
         return 0.01 * torch.randn(size, generator=draw)
@@ -137,11 +138,13 @@ def _trained(client: LocalClient, sent: Broadcast, shapes: Shapes, seed: int, dr
     adapters, metrics = {}, {"tokens": 1}
     if sent.train == "weight":
         return Update({}, len(client.rows), metrics, sent.version, client.name, {n: noise(*shape) for n, shape in shapes.items()})
-    for name, a in starting_adapters(client, sent.start, shapes, seed, sent.version).items():
+    for name, a in starting_adapters(client, sent.start, shapes, config.seed, sent.version).items():
+        a = a.to(getattr(torch, config.adapter_dtype))
         A = a.A + noise(*a.A.shape) if "A" in sent.train else a.A
         if sent.train == "core":
-            A = noise(a.rank, a.rank) @ frame(a.shape, a.rank, sent.frame, name)[0]
-        adapters[name] = Adapter(A, a.B + noise(*a.B.shape) if "B" in sent.train else a.B, a.scale)
+            A = noise(a.rank, a.rank) @ frame(a.shape, a.rank, sent.frame, name)[0].to(a.A)
+        B = a.B + noise(*a.B.shape) if "B" in sent.train else a.B
+        adapters[name] = Adapter(A, B, a.scale).to(a.A.dtype)
     return Update(adapters, len(client.rows), metrics, sent.version, client.name)
 
 
