@@ -57,8 +57,8 @@ class Group:
             raise ConfigError(f"group {self.name!r}: expected at least one member; got none. Leave the group out.")
         need_different_names([self])
         for what, value in (("inner_rounds", self.inner_rounds), ("depth", self.depth), ("rank", self.rank)):
-            if value is not None and (int(value) != value or value < 1):
-                raise ConfigError(f"group {self.name!r}: expected {what} of at least 1; got {value}")
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"group {self.name!r}: expected a whole {what} of at least 1; got {value}")
         if not strategy_named(self.inner).groups:
             raise StrategyError(f"group {self.name!r}: expected an inner strategy that can aggregate within a round; got "
                                 f"{self.inner}. Use flora.")
@@ -88,6 +88,7 @@ def groups_in(members: Sequence[LocalClient | Group]) -> Iterator[Group]:
 
 
 def need_different_names(members: Sequence[LocalClient | Group]) -> None:
+    """Raises ConfigError where two of these clients and groups, or of those in them, have one name."""
     names = [one.name for one in (*groups_in(members), *leaves(members))]
     if len(set(names)) != len(names):
         raise ConfigError(f"expected groups and clients with different names, and a client in one group; got {names}")
