@@ -142,7 +142,7 @@ class GroupCohort(Cohort):
     the model's blocks, for a client none of whose layers lie within its group's depth, and for groups where one factor trains.
     """
     _now: Cohort | None = None                                  # the inner round that runs
-    _round = 0
+    _round, _version = 0, 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -156,7 +156,7 @@ class GroupCohort(Cohort):
         views = [frozen] * len(self.clients) if frozen is None or isinstance(frozen, Mapping) else list(frozen)
         if len(views) != len(self.clients):
             raise ConfigError(f"frozen: expected one entry a client ({len(self.clients)}); got {len(views)}")
-        self.failures, self.seconds, self._round = {}, {}, 0
+        self.failures, self.seconds, self._round, self._version = {}, {}, 0, broadcast.version
         began, tokens, answers = time.perf_counter(), 0, None
         running = self._together(self.clients, broadcast.start, views, None)
         while True:
@@ -185,7 +185,7 @@ class GroupCohort(Cohort):
 
     @property
     def _seed(self) -> int:
-        """Of the inner round that is due: the run's own in the first."""
+        """Of the inner round that is due: the run's own in the first. What is drawn with it is keyed by version too."""
         return derive(self.train_config.seed, "inner", self._round) if self._round else self.train_config.seed
 
     def _add(self, seconds: Mapping[str, float]) -> None:
@@ -248,7 +248,7 @@ class GroupCohort(Cohort):
         rule, clients = strategy_named(group.inner), group.clients
         ranks, scale = [client.rank for client in clients], sum(client.alpha / client.rank for client in clients) / len(clients)
         if start is None:
-            start = rule.begin(self.shapes, ranks, derive(self._seed, group.name, "begin"), scale).start
+            start = rule.begin(self.shapes, ranks, derive(self._seed, group.name, self._version, "begin"), scale).start
         merges: list[Adapters] = []
         rounds: list[list[Update]] = []
         seen = view
@@ -256,7 +256,7 @@ class GroupCohort(Cohort):
             updates = yield from self._together(group.members, start, [seen] * len(group.members), depth)
             if not updates:
                 continue
-            facts = {"ranks": ranks, "scale": scale, "seed": derive(self._seed, group.name, "aggregate"), "sent": start}
+            facts = {"ranks": ranks, "scale": scale, "seed": derive(self._seed, group.name, self._version), "sent": start}
             clock = time.perf_counter()
             made = aggregate(updates, rule.name, **{name: fact for name, fact in facts.items() if name in rule.options})
             merges, start = [*merges, made.merge or {}], made.start

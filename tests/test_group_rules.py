@@ -89,8 +89,8 @@ def test_averaging_groups_go_on_from_their_average():
     [got] = fit([Group("g", members, 2, inner="fedit")], broadcast=Broadcast(start=start_of(4)))
     assert ranks(got) == {4} and near(got.adapters, start, CLOSE)
     slow = replace(CONFIG, learning_rate=1e-9)
-    [one], [two] = (fit([Group("g", members, inner="fedit")], slow, Broadcast(version=v)) for v in (0, 0))
-    assert ranks(one) == {4} and same(one.adapters, two.adapters)
+    [one], [two] = (fit([Group("g", members, inner="fedit")], slow, Broadcast(version=v)) for v in (0, 1))
+    assert ranks(one) == {4} and all(relative(a.A, two.adapters[name].A) > 0.5 for name, a in one.adapters.items())
     alone = fit([Group("g", members[:1], inner="fedit")], slow)[0]
     assert all(relative(a.A, alone.adapters[n].A) < 1e-4 for n, a in one.adapters.items())  # shared, not a mean of two draws
 
@@ -163,7 +163,8 @@ def test_optimizer_states_of_clients_go_on_through_inner_rounds():
 def test_what_a_group_refuses():
     one = client(0)
     for settings, says in (({"members": []}, "at least one member"), ({"inner_rounds": 0}, "inner_rounds of at least 1"),
-                           ({"depth": 0}, "depth of at least 1"), ({"rank": 0}, "rank of at least 1"), ({"depth": 1.0}, "a whole depth"),
+                           ({"depth": 0}, "depth of at least 1"), ({"rank": 0}, "rank of at least 1"),
+                           ({"depth": 1.0}, "a whole depth"),
                            ({"members": [one, one]}, "different names"), ({"name": "c0"}, "different names"),
                            ({"members": [Group("h", [one]), Group("h", [client(1)])]}, "different names"),
                            ({"members": [replace(one, start=start_of(2))]}, "start of its own")):
