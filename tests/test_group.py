@@ -76,13 +76,15 @@ def ranks(update):
 def test_one_inner_round_is_flat_flora(start):
     """In fp64, by the members' own bits; ranks add up, order apart; and so for a tree of groups, and clients beside groups."""
     clients, sent = clients_of(4, 1, 8, 3, 2), Broadcast(start=start)
-    flat = flora.aggregate(Cohort(double(), clients, CONFIG, TARGETS).fit(sent), sent=start)
+    alone = Cohort(double(), clients, CONFIG, TARGETS).fit(sent)
+    flat = flora.aggregate(alone, sent=start)
     for members in ([Group("a", clients[:2]), Group("b", clients[2:])],
                     [Group("a", [clients[0], Group("b", clients[1:3])]), clients[3], Group("d", clients[4:])],
                     [Group("all", [Group("x", [Group("y", clients)])])]):
         updates = fit(members, broadcast=sent)
         assert [u.client for u in updates] == [m.name for m in members]
         assert sum(u.num_examples for u in updates) == sum(len(c.rows) for c in clients)
+        assert all(torch.equal(a.A[:4], alone[0].adapters[name].A) for name, a in updates[0].adapters.items())
         got = flora.aggregate(updates, sent=start).merge
         assert {name: a.rank for name, a in got.items()} == {name: a.rank for name, a in flat.merge.items()} and got[
             "model.layers.0.self_attn.q_proj"].rank == 18
