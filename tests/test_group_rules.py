@@ -114,6 +114,7 @@ def test_a_member_that_fails_is_left_out_and_named():
     assert set(cohort.failures) == {"c8", "mute", "m2", "gone", "m3", "in"}
     assert "finite loss" in cohort.failures["c8"] and "has a label" in cohort.failures["mute"]
     assert "all failed" in cohort.failures["gone"] and "all failed" in cohort.failures["in"]
+    assert not any(reason.startswith("inner round") for reason in cohort.failures.values())       # the first reason stays
     agree(updates[0].adapters, by_hand(good, 2))
     assert near(updates[1].adapters, fit([client(5)])[0].adapters, CLOSE)
     assert GroupCohort(double(), [Group("gone", [mute], 2)], CONFIG, TARGETS).fit(Broadcast(start=start_of(2))) == []
