@@ -13,10 +13,10 @@ _WHERE = {
     "LoRALinear": "layer", "attach": "nn", "adapters": "nn", "load_adapters": "nn", "merge": "nn", "detach": "nn",
     "Update": "messages", "Broadcast": "messages", "aggregate": "strategies", "STRATEGIES": "strategies",
     "LocalClient": "client", "TrainConfig": "client", "Cohort": "cohort", "run": "engines.local",
-    "compare": "comparison", "verify": "verification",
+    "Group": "group", "GroupCohort": "group", "compare": "comparison", "verify": "verification",
 }
-_MODULES = ("adapter", "cli", "client", "cohort", "config", "data", "engines", "errors", "evaluate", "formats", "kernels", "layer",
-            "messages", "nn", "ops", "report", "server", "strategies")
+_MODULES = ("adapter", "cli", "client", "cohort", "config", "data", "engines", "errors", "evaluate", "formats", "group", "kernels",
+            "layer", "messages", "nn", "ops", "report", "server", "strategies")
 __all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from flora.cohort import Cohort
     from flora.comparison import compare
     from flora.engines.local import run
+    from flora.group import Group, GroupCohort
     from flora.layer import LoRALinear
     from flora.messages import Broadcast, Update
     from flora.nn import adapters, attach, detach, load_adapters, merge

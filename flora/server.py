@@ -6,10 +6,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from flora.adapter import Adapter, Adapters, all_layers, fresh_adapters, stack, truncate
+from flora.adapter import Adapter, Adapters, fresh_adapters, truncate
 from flora.client import LocalClient
 from flora.downlink import Downlink, lighter
 from flora.errors import FloraError, StrategyError
+from flora.group import Group, concatenated, groups_in, leaves, refuse_rule
 from flora.messages import Broadcast, Update
 from flora.seeds import derive
 from flora.strategies import aggregate, strategy_named
@@ -21,9 +22,10 @@ HISTORY = 4
 class Server:
     """Holds the broadcast that is due, and makes the next one of a round's updates. It needs no model.
 
-    broadcast: the first one (Strategy.begin, or a checkpoint's); clients: all of the run; fraction: share of them sampled a
-    round (at least one); weighting: "examples", "uniform" or "tokens". The order of updates does not matter: they are sorted as the
-    clients are, so a sum has the same bits in whatever order replies come.
+    broadcast: the first one (Strategy.begin, or a checkpoint's); clients: all of the run, a group (group.py) being one, where the
+    strategy can aggregate what it answers; fraction: share of them sampled a round (at least one); weighting: "examples", "uniform"
+    or "tokens". The order of updates does not matter: they are sorted as the clients are, so a sum has the same bits in whatever
+    order replies come.
     options: of the strategy's aggregate, such as start="warm"; what a run knows is filled in (weights, ranks, scale, seed, sent:
     the start that the round trained from).
     stream: takes updates in as they come, in bounded memory, with strategy flora; sums then depend on the order of arrival in
@@ -32,11 +34,12 @@ class Server:
     broadcast that was due before this one.
     """
 
-    def __init__(self, strategy: str, clients: Sequence[LocalClient], broadcast: Broadcast, fraction: float = 1.0,
+    def __init__(self, strategy: str, clients: Sequence[LocalClient | Group], broadcast: Broadcast, fraction: float = 1.0,
                  weighting: str = "examples", seed: int = 0, stream: Stream | None = None,
                  options: Mapping[str, object] | None = None, downlink: Downlink | None = None,
                  shapes: Mapping[str, tuple[int, int]] | None = None):
         self.strategy = strategy_named(strategy)
+        refuse_rule(self.strategy, clients)
         if stream is not None and strategy != "flora":
             raise StrategyError(f"expected strategy flora with a stream, which sums ΔW; got {strategy}. Leave the stream out.")
         if stream is not None and options:
@@ -50,7 +53,7 @@ class Server:
         self._place = {client.name: i for i, client in enumerate(self.clients)}
         self._merges: dict[int, Adapters] = {} if broadcast.merge is None else {broadcast.version: broadcast.merge}
 
-    def sample(self, number: int) -> list[LocalClient]:
+    def sample(self, number: int) -> list[LocalClient | Group]:
         """The clients of a round (from 0), by fraction and seed; always the same for the same round. In the run's order."""
         count = max(1, round(self.fraction * len(self.clients)))
         chosen = random.Random(derive(self.seed, "sample", number)).sample(range(len(self.clients)), count)
@@ -102,8 +105,9 @@ class Server:
 
     def _facts(self) -> dict[str, object]:
         """The options of the strategy that the run itself decides, but for those that were given."""
-        facts = {"weights": self.weighting, "ranks": [client.rank for client in self.clients], "seed": self.seed,
-                 "scale": sum(client.alpha / client.rank for client in self.clients) / len(self.clients),
+        clients = leaves(self.clients)
+        facts = {"weights": self.weighting, "ranks": [client.rank for client in clients], "seed": self.seed,
+                 "scale": sum(client.alpha / client.rank for client in clients) / len(clients),
                  "sent": self.broadcast.start}
         return {name: fact for name, fact in facts.items() if name in self.strategy.options and name not in self.options}
 
@@ -121,13 +125,16 @@ class Server:
         if self.strategy.dense:
             return
         shapes = {"rehearsal": (4, 4)}
-        start = self.strategy.begin(shapes, [client.rank for client in self.clients], self.seed).start
-        updates = []
-        for client in self.clients:
+        clients, updates = leaves(self.clients), []
+        start = self.strategy.begin(shapes, [client.rank for client in clients], self.seed).start
+        for client in clients:
             held = start or fresh_adapters(shapes, client.rank, client.alpha, client.name)
             cut = {name: truncate(a, client.rank) for name, a in held.items()}
             own = {name: Adapter(a.A, a.B, client.alpha / client.rank) for name, a in cut.items()}
             updates.append(Update(own, len(client.rows), {"tokens": 1}, client=client.name))
+        for group in groups_in(self.clients):
+            names = {client.name for client in group.clients}
+            aggregate([update for update in updates if update.client in names], group.inner)
         known = {"sent": start} if "sent" in self.strategy.options else {}
         made = aggregate(updates, self.strategy.name, **{**self._facts(), **known, **self.options})
         if self.downlink.how != "stack" and made.merge is None:
@@ -178,11 +185,11 @@ class Server:
         return replace(now, merge=concatenated(missed), since=version)
 
 
-def first_broadcast(strategy: str, shapes: Mapping[str, tuple[int, int]], clients: Sequence[LocalClient], seed: int = 0,
+def first_broadcast(strategy: str, shapes: Mapping[str, tuple[int, int]], clients: Sequence[LocalClient | Group], seed: int = 0,
                     options: Mapping[str, object] | None = None) -> Broadcast:
     """Strategy.begin for these layers and clients, at the mean of their alpha / rank; options: those of aggregate, of which begin
     may know some."""
-    rule = strategy_named(strategy)
+    rule, clients = strategy_named(strategy), leaves(clients)
     scale = sum(client.alpha / client.rank for client in clients) / len(clients)
     known = inspect.signature(rule.begin).parameters
     own = {name: value for name, value in (options or {}).items() if name in known}
@@ -193,11 +200,6 @@ def for_client(broadcast: Broadcast, rank: int) -> Broadcast:
     """The broadcast as it travels to a client of this rank: it needs no more ranks of the start than it trains."""
     start = broadcast.start and {name: truncate(a, rank) for name, a in broadcast.start.items()}
     return replace(broadcast, start=start)
-
-
-def concatenated(merges: Sequence[Adapters]) -> dict[str, object]:
-    """The sum of several merges: for every layer, their ranks one after another."""
-    return {layer: stack([merge[layer] for merge in merges if layer in merge]) for layer in all_layers(merges)}
 
 
 def _bytes(merges: Sequence[Adapters]) -> int:

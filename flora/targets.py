@@ -1,6 +1,6 @@
 """Which modules of a model can carry an adapter, by name: what attach, merge and the cohort ask first."""
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -32,6 +32,11 @@ def _layer_index(name: str) -> int | None:
     return int(found[1]) if (found := re.search(r"(?:^|\.)(\d+)\.", name)) else None
 
 
+def blocks_of(names: Iterable[str]) -> list[int]:
+    """The indices of the blocks (transformer layers) that these modules lie in, in order."""
+    return sorted({i for name in names if (i := _layer_index(name)) is not None})
+
+
 def target_shapes(model: nn.Module, targets: str | Sequence[str] = "all-linear",
                   layers: Sequence[int] | None = None) -> dict[str, tuple[int, int]]:
     """(out, in) of every layer that attach would give an adapter, by qualified name.
@@ -56,7 +61,7 @@ def target_shapes(model: nn.Module, targets: str | Sequence[str] = "all-linear",
     if not chosen:
         raise TargetError(f"expected at least one layer for targets={targets!r}, layers={layers}; found none. "
                           f"Linear modules of this model: {exist}; blocks: "
-                          f"{sorted({i for n in linears if (i := _layer_index(n)) is not None})}.")
+                          f"{blocks_of(linears)}.")
     refuse_tied(model, chosen)
     for name, module in chosen.items():
         refuse_parametrized(module, name)

@@ -113,9 +113,10 @@ def aggregate_standalone(updates: Sequence[Update]) -> Broadcast:
     return Broadcast()
 
 
-FEDIT = Strategy("fedit", "averages A and B of one rank", "FedIT, arXiv 2305.05644", begin_one_rank, aggregate_fedit)
+FEDIT = Strategy("fedit", "averages A and B of one rank", "FedIT, arXiv 2305.05644", begin_one_rank, aggregate_fedit,
+                 groups="alike")
 ZEROPAD = Strategy("zeropad", "pads to the largest rank with zeros, averages, truncates", "the baseline of arXiv 2409.05976",
-                   begin_padded, aggregate_zeropad, mixed_ranks=True)
+                   begin_padded, aggregate_zeropad, mixed_ranks=True, groups="alike")
 HETLORA = Strategy("hetlora", "zeropad weighted by the norm of ΔW; ranks prune themselves", "HetLoRA, arXiv 2401.06432",
                    begin_padded, aggregate_hetlora, mixed_ranks=True, prunes=True)
 FEDSA = Strategy("fedsa", "averages A; every client keeps its B", "FedSA-LoRA, arXiv 2410.01463", begin_one_rank, aggregate_fedsa,

@@ -29,7 +29,8 @@ class Strategy:
     seed as in begin, and sent, the start that the updates were trained from.
     home: the factors that never leave the client ("", "B" or "AB"). pooled: the run trains one client on everybody's rows (the
     papers' upper bound). mixed_ranks: whether clients may differ in rank. dense: updates carry weights, not adapters. prunes:
-    clients lower their own ranks for good while they train.
+    clients lower their own ranks for good while they train. groups: the answers that it can aggregate of groups (group.py): "any",
+    as it sums ΔW; "alike", of groups that aggregate by this rule themselves, as it combines factors; "", none.
     """
     name: str
     summary: str
@@ -41,6 +42,7 @@ class Strategy:
     mixed_ranks: bool = False
     dense: bool = False
     prunes: bool = False
+    groups: Literal["", "alike", "any"] = ""
 
     @property
     def options(self) -> list[str]:

@@ -66,8 +66,8 @@ def aggregate_raflora(updates: Sequence[Update], weights: str = "examples", rank
 
 
 FLEXLORA = Strategy("flexlora", "SVD of the sum; each client takes its best ranks", "FlexLoRA, arXiv 2402.11505", begin_fresh,
-                    aggregate_flexlora, mixed_ranks=True)
+                    aggregate_flexlora, mixed_ranks=True, groups="any")
 FLORIST = Strategy("florist", "SVD of the sum, cut at a share of its energy", "FLoRIST, arXiv 2506.09199", begin_fresh,
-                   aggregate_florist, mixed_ranks=True)
+                   aggregate_florist, mixed_ranks=True, groups="any")
 RAFLORA = Strategy("raflora", "averages each rank over the clients that have it, then SVD", "raFLoRA, arXiv 2602.13486",
                    begin_fresh, aggregate_raflora, mixed_ranks=True)
