@@ -28,7 +28,7 @@ def _heads(model: nn.Module) -> list[nn.Module]:
     return heads + [m for n, m in model.named_modules() if n in ("score", "classifier") and callable(get)]
 
 
-def _layer_index(name: str) -> int | None:
+def layer_index(name: str) -> int | None:
     return int(found[1]) if (found := re.search(r"(?:^|\.)(\d+)\.", name)) else None
 
 
@@ -52,11 +52,11 @@ def target_shapes(model: nn.Module, targets: str | Sequence[str] = "all-linear",
                                   'use "all-linear".')
         chosen = {name: m for name, m in linears.items() if any(name == t or name.endswith("." + t) for t in wanted)}
     if layers is not None:
-        chosen = {name: m for name, m in chosen.items() if _layer_index(name) in set(layers)}
+        chosen = {name: m for name, m in chosen.items() if layer_index(name) in set(layers)}
     if not chosen:
         raise TargetError(f"expected at least one layer for targets={targets!r}, layers={layers}; found none. "
                           f"Linear modules of this model: {exist}; blocks: "
-                          f"{sorted({i for n in linears if (i := _layer_index(n)) is not None})}.")
+                          f"{sorted({i for n in linears if (i := layer_index(n)) is not None})}.")
     refuse_tied(model, chosen)
     for name, module in chosen.items():
         refuse_parametrized(module, name)
