@@ -1,8 +1,8 @@
 """What a device's memory lets it train: base + depth * a block's activations + bytes a number * rank * Σ (out + in).
 
-The sum is over the layers of the `depth` blocks nearest the output. The blocks below run forward only: what they compute is dropped as
-soon as the next one has read it, so they take their weights, which are in the base, and nothing more. What a step takes beside (the
-loss over the vocabulary, the allocator) belongs into base_mb, measured.
+The sum is over the layers of the `depth` blocks nearest the output. The blocks below run forward only: what they compute is dropped
+as soon as the next one has read it, so they take their weights, which are in the base, and nothing more. What a step takes beside
+(the loss over the vocabulary, the allocator) belongs into base_mb, measured.
 """
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,10 +53,7 @@ def most_rank(device: Device, shapes: Shapes, depth: int, memory: Memory, limit:
     if depth < 1 or limit < 1:
         raise ConfigError(f"expected a depth and a limit of at least 1; got {depth} and {limit}")
     fixed, one = needed_mb(shapes, 0, depth, memory), needed_mb(shapes, 1, depth, memory)
-    rank = int(min(limit, max(0.0, device.kind.memory_mb - fixed) // (one - fixed)))
-    while rank < limit and needed_mb(shapes, rank + 1, depth, memory) <= device.kind.memory_mb:
-        rank += 1                                               # what the division rounded away
-    return rank if rank and needed_mb(shapes, rank, depth, memory) <= device.kind.memory_mb else max(0, rank - 1)
+    return max((rank for rank in range(1, limit + 1) if fixed + rank * (one - fixed) <= device.kind.memory_mb), default=0)
 
 
 def ranks(found: Mapping[str, Device], shapes: Shapes, depth: int, memory: Memory,
@@ -64,8 +61,8 @@ def ranks(found: Mapping[str, Device], shapes: Shapes, depth: int, memory: Memor
     """Rank of every client whose device can hold one, and why the others are left out. Raises ConfigError where that is all."""
     fit = {name: most_rank(device, shapes, depth, memory, limit) for name, device in found.items()}
     least = needed_mb(shapes, 1, depth, memory)
-    out = {name: f"{found[name].name} ({found[name].kind.name}) has {found[name].kind.memory_mb:g} MB; rank 1 in {depth} blocks takes "
-                 f"{least:.1f} MB" for name, rank in fit.items() if rank == 0}
+    out = {name: f"{found[name].name} ({found[name].kind.name}) has {found[name].kind.memory_mb:g} MB; rank 1 in {depth} blocks "
+                 f"takes {least:.1f} MB" for name, rank in fit.items() if rank == 0}
     if len(out) == len(fit):
         raise ConfigError(f"fleet: expected memory for rank 1 on some device; got none: {next(iter(out.values()), 'no devices')}. "
                           "Lower the depth, or take a smaller or a quantised base.")

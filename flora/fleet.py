@@ -1,12 +1,13 @@
 """Devices of some classes, and the simulated seconds of a round on them: real training, simulated time.
 
-The clock of a round is a heap of events. A group begins when the broadcast has crossed the backhaul; in each inner round every member
-takes the group's broadcast, trains, and sends its update over its own links; the inner round ends when the last member is back, and
-the group's update crosses the backhaul after the last one. The round ends with the slowest group. A device that vanishes is noticed
-at once, and the group goes on without it. Under a deadline every inner round ends at its share of it at the latest, (i + 1) / n of
-what the backhaul leaves: who is not back is late and lost for the round. Links are a member's own: servers are never congested.
+The clock of a round is a heap of events. A group begins when the broadcast has crossed the backhaul; in each inner round every
+member takes the group's broadcast, trains, and sends its update over its own links; the inner round ends when the last member is
+back, and the group's update crosses the backhaul after the last one. The round ends with the slowest group. A device that vanishes
+is noticed at once, and the group goes on without it. Under a deadline the inner round i of n ends at (i + 1) / n of what the
+backhaul leaves, at the latest: who is not back is late and lost for the round. Links are a member's own: servers are never congested.
 
-Chance is a function of (seed, round, client) alone, so neither the order of clients nor who else takes part changes a device's round.
+Chance is a function of (seed, round, client) alone, so neither the order of clients nor who else takes part changes a device's
+round.
 """
 import heapq
 import math
@@ -97,8 +98,8 @@ class Spent:
 
 @dataclass(frozen=True)
 class Round:
-    """seconds: until the last group's update is there; clients; lost: "vanished" or "late", by client; groups: when each one's update
-    was there (without those that lost everybody); stragglers: whom each of these waited for in its last inner round."""
+    """seconds: until the last group's update is there; clients; lost: "vanished" or "late", by client; groups: when each one's
+    update was there (without those that lost everybody); stragglers: whom each of these waited for in its last inner round."""
     seconds: float
     clients: Mapping[str, Spent]
     lost: Mapping[str, str]
@@ -110,7 +111,7 @@ def devices(classes: Sequence[DeviceClass], seed: int = 0) -> list[Device]:
     """Every class's devices, device-0 and on, in an order drawn by the seed. Raises ConfigError for none, or a name twice."""
     names = [kind.name for kind in classes]
     if not classes or len(set(names)) < len(names):
-        raise ConfigError(f"fleet: expected at least one class of devices, each with its own name; got {', '.join(names) or 'none'}")
+        raise ConfigError(f"fleet: expected at least one class, each with its own name; got {', '.join(names) or 'none'}")
     kinds = [kind for kind in classes for _ in range(kind.count)]
     order, width = np.random.RandomState(derive(seed, "devices") % 2**32).permutation(len(kinds)), len(str(len(kinds) - 1))
     return [Device(f"device-{k:0{width}d}", kinds[i]) for k, i in enumerate(order)]
@@ -119,8 +120,8 @@ def devices(classes: Sequence[DeviceClass], seed: int = 0) -> list[Device]:
 def assign(clients: Sequence[str], found: Sequence[Device]) -> dict[str, Device]:
     """A device for every client, in order. Raises ConfigError where there are not as many."""
     if len(clients) != len(found):
-        raise ConfigError(f"fleet: expected one device a client ({len(clients)}); got {len(found)}. Change the counts of the classes, "
-                          "or num_clients.")
+        raise ConfigError(f"fleet: expected one device a client ({len(clients)}); got {len(found)}. Change the counts of the "
+                          "classes, or num_clients.")
     return dict(zip(clients, found, strict=True))
 
 
@@ -145,7 +146,8 @@ class Fleet:
 
     def kind(self, client: str) -> DeviceClass:
         if client not in self.devices:
-            raise ConfigError(f"fleet: expected a device for client {client!r}; got devices for {', '.join(sorted(self.devices)[:8])}")
+            raise ConfigError(f"fleet: expected a device for client {client!r}; got devices for "
+                              f"{', '.join(sorted(self.devices)[:8])}")
         return self.devices[client].kind
 
     def backhaul(self, count: float) -> float:
@@ -166,8 +168,8 @@ class Fleet:
         least = min(self.expected(GroupWork({client: work}, group.inner_rounds, group.bytes_down, group.bytes_up))
                     for group in groups.values() for client, work in group.members.items())
         if deadline is not None and not deadline >= least:
-            raise ConfigError(f"deadline: expected at least {least:.3g} s, which the fastest client takes; got {deadline:g}. Raise it, "
-                              "or lower steps, depth or inner_rounds.")
+            raise ConfigError(f"deadline: expected at least {least:.3g} s, which the fastest client takes; got {deadline:g}. Raise "
+                              "it, or lower steps, depth or inner_rounds.")
         return _Clock(self, number, groups, deadline).run()
 
 

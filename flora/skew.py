@@ -1,4 +1,4 @@
-"""`flora partition`: how a config's labels lie over its clients and over near-IID groups of them: tables, and stacked bars as an SVG.
+"""`flora partition`: how a config's labels lie over its clients and near-IID groups of them: tables, and stacked bars as an SVG.
 
 The rows are those that the run would train on: the same data, partition, held-out split and limits, without the model. Rows without
 a label are shown by hashed bins of their tokens (grouping.token_histograms), which takes the config's tokenizer.
@@ -119,7 +119,7 @@ def draw(seen: Skew, path: Path) -> None:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError("--plot: expected matplotlib; it is not installed. pip install 'flora[plot]', or leave --plot out") from None
+        raise ConfigError("--plot: expected matplotlib; it is not installed. pip install 'flora[plot]', or leave it out") from None
     everyone = total(seen.found, seen.found)
     bars = {name: seen.found[name] for name in ([n for group in seen.groups for n in group] or seen.found)}
     panels = [(f"{'clients, by group' if seen.groups else 'clients'}: share of {seen.of}", bars)]

@@ -14,8 +14,10 @@ LAYERS = [
     ["layer"], ["shared"], ["targets"],
     ["nn"], ["adaptive"], ["forms"], ["packed", "whole"], ["wire"], ["messages"], ["downlink"], ["versions"], ["formats"],
     ["strategies"], ["data"], ["packing"], ["losses"], ["evaluate"], ["scoring"], ["mmlu", "mt_bench"],
-    ["grouping"], ["fleet"], ["capacity", "chooser"], ["client", "clock", "budget"], ["steps"], ["member"], ["loop"], ["cohort"], ["group"], ["stream"], ["server"],
-    ["checkpoint"], ["report"], ["spread"], ["tables", "plots"], ["skew"], ["engines.scores"], ["engines.prepare"], ["engines.traffic"],
+    ["grouping"], ["fleet"], ["capacity", "chooser"],
+    ["client", "clock", "budget"], ["steps"], ["member"], ["loop"], ["cohort"], ["group"], ["stream"], ["server"],
+    ["checkpoint"], ["report"], ["spread"], ["tables", "plots"], ["skew"],
+    ["engines.scores"], ["engines.prepare"], ["engines.traffic"],
     ["engines.measure", "engines.plan"], ["engines.local", "engines.flower", "engines.nvflare"], ["engines"],
     ["integrations"], ["doctor", "tuning", "shards", "comparison", "verification"], ["cli"]]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -61,7 +61,8 @@ def test_rows_without_labels_are_shown_by_their_tokens(place, capsys):
 
 @pytest.mark.parametrize(("arguments", "says"), [
     (["--groups", "7"], "num_groups: expected 1 to 6"), (["--label", "sort"], "rows with a 'sort' of every client"),
-    (["--plot", "nowhere/bars.svg"], "--plot: expected a file that can be written"), (["--num_clients", "500"], "lower num_clients")],
+    (["--plot", "nowhere/bars.svg"], "--plot: expected a file that can be written"),
+    (["--num_clients", "500"], "lower num_clients")],
     ids=str)
 def test_refusals_are_one_paragraph(place, arguments, says, capsys):
     assert main(["partition", "c.yaml", *arguments]) == 1
