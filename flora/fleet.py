@@ -4,7 +4,7 @@ The clock of a round is a heap of events. A group begins when the broadcast has 
 member takes the group's broadcast, trains, and sends its update over its own links; the inner round ends when the last member is
 back, and the group's update crosses the backhaul after the last one. The round ends with the slowest group. A device that vanishes
 is noticed at once, and the group goes on without it. Under a deadline the inner round i of n ends at (i + 1) / n of what the
-backhaul leaves, at the latest: who is not back is late and lost for the round. Links are a member's own: servers are never congested.
+backhaul leaves, at the latest: who is not back is late and lost for the round. Links are a member's own: no server is congested.
 
 Chance is a function of (seed, round, client) alone, so neither the order of clients nor who else takes part changes a device's
 round.

@@ -22,7 +22,7 @@ from flora.seeds import derive
 Histograms = Mapping[str, Mapping[Any, float]]
 Groups = list[list[str]]
 KINDS = ("js", "kl", "l1")
-STARTS = 3                                                      # of a search after the greedy one, at random; the best is kept
+STARTS, FEW = 3, 256            # searches from random starts after the greedy one, the best is kept; for up to so many clients
 LEAST = 1e-9                                                    # that a swap must lower the objective by
 
 
@@ -97,12 +97,14 @@ def divergence(one: Mapping[Any, float], other: Mapping[Any, float], kind: str =
 def near_iid(found: Histograms, num_groups: int, compute: Mapping[str, float] | None = None, seed: int = 0) -> Groups:
     """Groups, each near the distribution of all: the lowest Σ_g JS(g, all) / G + Σ_g (compute_g / mean compute - 1)² / G found.
 
-    compute: what a client adds to its group, such as steps a second (None: sizes alone are balanced). Greedy and from a few random
-    starts by the seed, each improved by swaps until none helps; every swap lowers the objective, so it ends. Sizes differ by at
-    most one; members and groups come sorted by name. Raises ConfigError for more groups than clients or an empty histogram.
+    compute: what a client adds to its group, such as steps a second (None: sizes alone are balanced). Greedy, and for up to 256
+    clients from three random starts by the seed too, each improved by swaps until none helps; every swap lowers the objective, so
+    it ends. Sizes differ by at most one; members and groups come sorted by name. Raises ConfigError for more groups than clients
+    or an empty histogram.
     """
     search = _Search(found, num_groups, compute)
-    starts = [search.greedy()] + [search.shuffled(derive(seed, "start", n)) for n in range(STARTS)]
+    more = STARTS if len(found) <= FEW else 0
+    starts = [search.greedy()] + [search.shuffled(derive(seed, "start", n)) for n in range(more)]
     return search.groups(min((search.improved(slots, 1) for slots in starts), key=search.objective))
 
 
