@@ -1,4 +1,4 @@
-"""The verbs: `flora run | resume | compare | verify | fetch | merge | tune | doctor`, short; an error says what to do."""
+"""The verbs: `flora run | resume | compare | verify | partition | fetch | merge | tune | doctor`; an error says what to do."""
 import dataclasses
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +19,8 @@ flora: federated LoRA fine-tuning with mixed ranks, aggregated exactly
   flora compare [CONFIG.yaml] --strategies A,B[:key=value] [--seeds 0,1,2] [--lr-grid 1e-4,1e-3] [--key value ...]
                                               strategies on equal terms       flora compare c.yaml --strategies flora,fedit
   flora verify FOLDER                         aggregates, recomputed in fp64  flora verify runs/demo
+  flora partition [CONFIG.yaml] [--groups N] [--plot FILE.svg] [--label COLUMN] [--key value ...]
+                                              labels of clients and groups    flora partition c.yaml --groups 8 --plot labels.svg
   flora fetch [NAME ...]                      models and data by name         flora fetch smollm2-135m chitchat
   flora merge BASE ADAPTER ... --out DIR      PEFT adapters into a model      flora merge smollm2-135m alice bob --out merged
   flora tune [--shapes OUTxIN ...]            measure kernel forms on this GPU        flora tune --shapes 4096x4096
@@ -94,6 +96,24 @@ def _verify(arguments: list[str]) -> None:
     show(verify(arguments[0]))
 
 
+def _partition(arguments: list[str]) -> None:
+    import argparse
+    from pathlib import Path
+
+    parser = argparse.ArgumentParser("flora partition", add_help=False, allow_abbrev=False)
+    parser.add_argument("--groups", type=int)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--label")
+    own, rest = parser.parse_known_args(arguments)
+    config = _config(rest, "partition")
+    from flora.skew import draw, show, skew
+
+    seen = skew(config, own.groups, own.label)
+    if own.plot:
+        draw(seen, own.plot)
+    show(seen)
+
+
 def _options(config: "BaseModel") -> object:
     """A config as a plain dataclass for tyro to fill in, so that one place (config.parse) checks the values."""
     import tyro
@@ -146,8 +166,8 @@ def _doctor(arguments: list[str]) -> None:
     doctor()
 
 
-VERBS = {"run": _run, "resume": _resume, "compare": _compare, "verify": _verify, "fetch": _fetch, "merge": _merge,
-         "tune": _tune, "doctor": _doctor}
+VERBS = {"run": _run, "resume": _resume, "compare": _compare, "verify": _verify, "partition": _partition, "fetch": _fetch,
+         "merge": _merge, "tune": _tune, "doctor": _doctor}
 
 
 def _call(arguments: list[str]) -> None:

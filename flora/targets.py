@@ -28,13 +28,14 @@ def _heads(model: nn.Module) -> list[nn.Module]:
     return heads + [m for n, m in model.named_modules() if n in ("score", "classifier") and callable(get)]
 
 
-def _layer_index(name: str) -> int | None:
+def layer_index(name: str) -> int | None:
+    """The index of the block that a module of this name lies in."""
     return int(found[1]) if (found := re.search(r"(?:^|\.)(\d+)\.", name)) else None
 
 
 def blocks_of(names: Iterable[str]) -> list[int]:
     """The indices of the blocks (transformer layers) that these modules lie in, in order."""
-    return sorted({i for name in names if (i := _layer_index(name)) is not None})
+    return sorted({i for name in names if (i := layer_index(name)) is not None})
 
 
 def target_shapes(model: nn.Module, targets: str | Sequence[str] = "all-linear",
@@ -57,7 +58,7 @@ def target_shapes(model: nn.Module, targets: str | Sequence[str] = "all-linear",
                                   'use "all-linear".')
         chosen = {name: m for name, m in linears.items() if any(name == t or name.endswith("." + t) for t in wanted)}
     if layers is not None:
-        chosen = {name: m for name, m in chosen.items() if _layer_index(name) in set(layers)}
+        chosen = {name: m for name, m in chosen.items() if layer_index(name) in set(layers)}
     if not chosen:
         raise TargetError(f"expected at least one layer for targets={targets!r}, layers={layers}; found none. "
                           f"Linear modules of this model: {exist}; blocks: "

@@ -14,8 +14,10 @@ LAYERS = [
     ["layer"], ["shared"], ["targets"],
     ["nn"], ["adaptive"], ["forms"], ["packed", "whole"], ["wire"], ["messages"], ["downlink"], ["versions"], ["formats"],
     ["strategies"], ["data"], ["packing"], ["losses"], ["evaluate"], ["scoring"], ["mmlu", "mt_bench"],
+    ["grouping"], ["fleet"], ["capacity", "chooser"],
     ["client", "clock", "budget"], ["steps"], ["member"], ["loop"], ["cohort"], ["group"], ["stream"], ["server"],
-    ["checkpoint"], ["report"], ["spread"], ["tables", "plots"], ["engines.scores"], ["engines.prepare"], ["engines.traffic"],
+    ["checkpoint"], ["report"], ["spread"], ["tables", "plots"], ["skew"],
+    ["engines.scores"], ["engines.prepare"], ["engines.traffic"],
     ["engines.measure", "engines.plan"], ["engines.local", "engines.flower", "engines.nvflare"], ["engines"],
     ["integrations"], ["doctor", "tuning", "shards", "comparison", "verification"], ["cli"]]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -23,7 +25,7 @@ PACKAGES = ("strategies", "data", "integrations", "kernels.triton")     # their 
 LIGHT = {"torch", "numpy", "safetensors", "flora"}
 HEAVY_ALLOWED = {"config": {"pydantic", "yaml"}, "report": {"rich"}, "doctor": {"rich"}, "engines.local": {"rich", "yaml"},
                  "engines.plan": {"rich"}, "kernels.triton": {"triton"}, "shards": {"rich"}, "tables": {"rich"},
-                 "comparison": {"rich", "yaml"}, "verification": {"rich"}}
+                 "comparison": {"rich", "yaml"}, "verification": {"rich"}, "skew": {"rich"}}
 
 
 def unit(name):
