@@ -23,7 +23,7 @@ PACKAGES = ("strategies", "data", "integrations", "kernels.triton")     # their 
 LIGHT = {"torch", "numpy", "safetensors", "flora"}
 HEAVY_ALLOWED = {"config": {"pydantic", "yaml"}, "report": {"rich"}, "doctor": {"rich"}, "engines.local": {"rich", "yaml"},
                  "engines.plan": {"rich"}, "kernels.triton": {"triton"}, "shards": {"rich"}, "tables": {"rich"},
-                 "comparison": {"rich", "yaml"}, "verification": {"rich"}}
+                 "comparison": {"rich", "yaml"}, "verification": {"rich"}, "integrations": {"peft"}}
 
 
 def unit(name):

@@ -2,8 +2,9 @@
 
 Parameters, their names, buffers, hooks and the state dict are PEFT's own, since they are the same objects; so an optimiser that
 was made before, a checkpoint and a Trainer notice nothing. The class is a subclass of PEFT's Linear that looks, at every call,
-whether this call is plain LoRA of one adapter on a plain weight. If so, base product and LoRA path are one operator; if not (several
-adapters, a batch of mixed ones, merged, disabled, DoRA and other variants, quantised or hooked bases, ...), PEFT's forward runs.
+whether this call is plain LoRA of one adapter on a plain weight. If so, base product and LoRA path are one operator; if not
+(several adapters, a batch of mixed ones, merged, disabled, DoRA and other variants, quantised or hooked bases, ...), PEFT's
+forward runs.
 
 Dropout is PEFT's own module: it draws the mask that it would have drawn, and the LoRA path is added to the base product.
 Factors are cast to the dtype of the activations for the products, where PEFT casts the activations to the factors' (fp32 unless
@@ -126,7 +127,8 @@ def fallbacks(peft_model: nn.Module) -> dict[str, str]:
         elif type(layer) is Linear:
             why = "it is not accelerated: flora.integrations.peft.accelerate(model) does it"
         else:
-            why = f"it is a {type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__}, not PEFT's LoRA of a linear"
+            kind = f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__}"
+            why = f"it is a {kind}, not PEFT's LoRA of a linear"
         if why:
             found[name] = why
     return found
@@ -141,8 +143,8 @@ def accelerate(peft_model: nn.Module) -> nn.Module:
     """
     layers = [layer for layer in _layers(peft_model).values() if isinstance(layer, LoraLayer)]
     if not layers:
-        raise TargetError("expected a model with PEFT's LoRA layers; found none. Make it with peft.get_peft_model(model, LoraConfig("
-                          "...)), or use flora.attach on the plain model.")
+        raise TargetError("expected a model with PEFT's LoRA layers; found none. Make it with peft.get_peft_model(model, "
+                          "LoraConfig(...)), or use flora.attach on the plain model.")
     for layer in layers:
         if type(layer) is Linear:
             layer.__class__ = AcceleratedLinear
