@@ -208,7 +208,7 @@ BROKEN = {
     "half a pair": ({f"{Q}.lora_B.weight": None}, {}, "client number 1: expected lora_A and lora_B of .*q_proj; got only lora_A"),
     "another in": ({f"{Q}.lora_A.weight": torch.ones(2, 7)}, {}, r"number 1, .*q_proj: expected an adapter for .* = \(16, 16\)"),
     "two ranks": ({f"{Q}.lora_A.weight": torch.ones(3, 16)}, {}, "client number 1, .*q_proj: expected A .rank, in. and B"),
-    "a convolution": ({f"{Q}.lora_A.weight": torch.ones(2, 16, 1, 1)}, {}, "client number 1, .*q_proj: expected A .rank, in. and B"),
+    "a convolution": ({f"{Q}.lora_A.weight": torch.ones(2, 16, 1, 1)}, {}, "number 1, .*q_proj: expected A .rank, in. and B"),
     "NaN": ({f"{Q}.lora_A.weight": torch.full((2, 16), torch.nan)}, {}, "number 1, .*q_proj: expected finite numbers"),
     "another rank": ({}, {"r": 4}, "client number 1, .*: expected a rank of 4, as r and rank_pattern say; got 2"),
     "use_dora": ({}, {"use_dora": True}, "client number 1: expected plain LoRA; got use_dora"),
@@ -229,7 +229,8 @@ def test_what_is_not_plain_lora_is_refused_by_client_and_name(what):
 @pytest.mark.parametrize(("weights", "match"), [
     ([1], "one weight for each of 2"), ([1, 2, 3], "one weight for each of 2"), ([1, -1], "finite weights >= 0"),
     ([1, float("nan")], "finite weights >= 0"), ([1, float("inf")], "finite"), ([0, 0], "positive sum"),
-    ([1, "many"], "a number a client"), ([1, None], "a number a client"), (None, "a number a client"), ([1e308, 1e308], "finite")], ids=str)
+    ([1, "many"], "a number a client"), ([1, None], "a number a client"), (None, "a number a client"),
+    ([1e308, 1e308], "finite")], ids=str)
 def test_weights_that_are_none_are_refused(weights, match):
     states, configs = clients(settings=({"r": 2},) * 2)
     with pytest.raises(StrategyError, match=match):
