@@ -29,7 +29,11 @@ def config(**changes):
 def model_of(make=llama, dtype=torch.float32, upcast=True, **changes):
     """A PEFT model with a filled adapter, the same one for the same arguments."""
     torch.manual_seed(0)
-    return fill(peft.get_peft_model(make(dtype), config(**changes), autocast_adapter_dtype=upcast))
+    base = make(dtype)
+    for name, parameter in base.named_parameters():
+        if name.endswith("bias"):                                      # which transformers makes of zeros
+            parameter.data.normal_(std=0.3)
+    return fill(peft.get_peft_model(base, config(**changes), autocast_adapter_dtype=upcast))
 
 
 def logits(model):

@@ -8,6 +8,7 @@ import torch
 from oracles import check, llama, relative, tokens
 from peft_models import LAYERS, MODELS, calls, config, in_double, layers, logits, model_of, passes, peft, trained  # noqa: F401
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flora.errors import TargetError
 from flora.integrations.peft import AcceleratedLinear, accelerate, fallbacks, restore
@@ -165,6 +166,14 @@ def test_a_layer_that_ran_in_inference_mode_trains_later():
     with torch.inference_mode():
         model(tokens())
     assert all(bool(g.any()) for g in passes(model).values())
+
+
+def test_a_layer_that_ran_under_fake_tensors_runs_later():
+    layer = next(iter(layers(accelerate(model_of(alpha_pattern={"q_proj": 7.125}))).values()))
+    x = torch.randn(3, 16)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert layer(x).shape == (3, 16)
+    assert type(layer(x)) is torch.Tensor
 
 
 def test_what_autograd_functions_cannot_is_pefts(calls):  # noqa: F811

@@ -136,6 +136,11 @@ def change(layer, what):
     if what == "forward of the base":
         base.__class__ = Doubled
         return "its base has hooks or a forward of its own"
+    if what == "accelerate's hook on the base":
+        from accelerate.hooks import SequentialHook, add_hook_to_module
+        add_hook_to_module(base, SequentialHook())
+        base.weight.data.mul_(2)
+        return "its base has hooks or a forward of its own"
     if what == "hook on a factor":
         layer.lora_A["default"].register_forward_hook(lambda module, args, y: 2 * y)
         return "its factors have hooks"
@@ -167,8 +172,8 @@ class Half(nn.Module):
         return weight / 2
 
 
-CHANGES = ("hook on the base", "forward of the base", "hook on a factor", "quantised", "parametrised", "another dropout",
-           "another factor", "no casting", "a tensor as scaling", "forward of the layer")
+CHANGES = ("hook on the base", "accelerate's hook on the base", "forward of the base", "hook on a factor", "quantised",
+           "parametrised", "another dropout", "another factor", "no casting", "a tensor as scaling", "forward of the layer")
 
 
 @pytest.mark.parametrize("what", CHANGES)

@@ -20,7 +20,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import _get_current_dispatch_mode as dispatch_mode
 
 from flora import ops
 from flora.errors import TargetError
@@ -31,7 +30,7 @@ class AcceleratedLinear(Linear):
     """PEFT's Linear, its forward in one operator where obstacle() finds none. Made by accelerate, never constructed."""
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        if args or kwargs or not isinstance(x, Tensor) or obstacle(self) or _special(x, self.base_layer.weight):
+        if args or kwargs or type(x) is not Tensor or obstacle(self) or _special(x, self.base_layer.weight):
             return super().forward(x, *args, **kwargs)
         name = next(name for name in self.active_adapters if name in self.lora_A)
         A, B, dropout = self.lora_A[name].weight, self.lora_B[name].weight, self.lora_dropout[name]
@@ -49,8 +48,8 @@ def _special(x: Tensor, weight: Tensor) -> bool:
 
 
 def _scale(value: float, A: Tensor) -> Tensor:
-    """alpha / r as a vector. Kept, unless it would be a fake tensor or part of a graph."""
-    if torch.compiler.is_compiling() or dispatch_mode() is not None:
+    """alpha / r as a vector: one for all layers alike, made once, or a node where a graph is traced."""
+    if torch.compiler.is_compiling():
         return torch.full((A.shape[0],), value, device=A.device)
     return _kept_scale(value, A.shape[0], A.device)
 
