@@ -44,6 +44,7 @@ bench: install
 	$(PY) -m benchmarks.bench_merge
 	$(PY) -m benchmarks.bench_cohort
 	$(PY) -m benchmarks.bench_round
+	$(PY) -m benchmarks.bench_peft
 
 gpu: $(if $(filter command,$(firstword $(origin PY))),,install)
 	$(PY) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "make gpu needs an NVIDIA GPU; none was found"; exit 1; }

@@ -25,7 +25,7 @@ PACKAGES = ("strategies", "data", "integrations", "kernels.triton")     # their 
 LIGHT = {"torch", "numpy", "safetensors", "flora"}
 HEAVY_ALLOWED = {"config": {"pydantic", "yaml"}, "report": {"rich"}, "doctor": {"rich"}, "engines.local": {"rich", "yaml"},
                  "engines.plan": {"rich"}, "kernels.triton": {"triton"}, "shards": {"rich"}, "tables": {"rich"},
-                 "comparison": {"rich", "yaml"}, "verification": {"rich"}, "skew": {"rich"}}
+                 "comparison": {"rich", "yaml"}, "verification": {"rich"}, "skew": {"rich"}, "integrations": {"peft"}}
 
 
 def unit(name):
@@ -122,7 +122,8 @@ def test_every_docstring_of_a_module_is_short():
 
 
 def test_no_public_function_takes_keywords_that_it_does_not_name():
-    """`**kwargs` hides a misspelt option. Adapter.to passes on what torch's own takes, aggregate checks every one."""
+    """`**kwargs` hides a misspelt option. Adapter.to passes on what torch's own takes, aggregate checks every one, the layer in the
+    place of PEFT's hands on what it does not know."""
     found = [f"{path.name}: {node.name}" for path in FILES for node in ast.walk(ast.parse(path.read_text()))
              if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and node.args.kwarg]
-    assert found == ["adapter.py: to", "__init__.py: aggregate"]
+    assert found == ["adapter.py: to", "accelerated.py: forward", "__init__.py: aggregate"]

@@ -24,7 +24,7 @@ def test_examples_run(block: str) -> None:
 
 def test_the_file_tree_exists() -> None:
     tree = re.search(r"## Files\n\n```\n(.*?)```", README, re.S)[1]
-    paths = re.findall(r"(?:^|\s)((?:flora|csrc|benchmarks|tests|docs|dev)/[\w./]*)", tree)
+    paths = re.findall(r"(?:^|\s)((?:flora|csrc|examples|benchmarks|tests|docs|dev)/[\w./]*)", tree)
     assert len(paths) > 15
     assert [path for path in paths if not (ROOT / path).exists()] == []
 

@@ -1,0 +1,1 @@
+"""flora inside other libraries: their models, their loops, their files."""

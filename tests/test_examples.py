@@ -1,0 +1,24 @@
+"""The examples run as they stand, in seconds, and show what they say."""
+import re
+
+import pytest
+from tiny import ROOT, python
+
+pytest.importorskip("peft", reason="peft is not installed: the examples that use it were not run")
+
+
+def output(name):
+    done = python(str(ROOT / "examples" / name))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_a_plain_loop_learns_in_forty_lines():
+    losses = [float(loss) for loss in re.findall(r"held-out loss ([\d.]+)", output("plain_loop.py"))]
+    assert len(losses) == 3 and losses[0] > losses[1] > losses[2]
+    assert len((ROOT / "examples" / "plain_loop.py").read_text(encoding="utf-8").splitlines()) <= 40
+
+
+def test_one_line_makes_the_average_exact():
+    averaged, exact = (float(error) for error in re.findall(r"off by (\S+) of", output("one_line.py")))
+    assert averaged > 0.1 and exact < 1e-6
