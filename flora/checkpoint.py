@@ -28,6 +28,7 @@ from flora.data.fetch import no_progress_bars
 from flora.errors import RunError
 from flora.files import safe_name, staged, write_text
 from flora.formats import save_peft
+from flora.group import leaves
 from flora.messages import Broadcast, Limits, Update, decode, encode
 from flora.nn import accumulated, residuals
 from flora.server import Server
@@ -156,7 +157,7 @@ class RunFolder:
         merged = model.__dict__.get("_flora_merged", False)
         with disk_errors(self.path), staged(self.path / "checkpoint" / str(number)) as folder:
             (folder / "broadcast.safetensors").write_bytes(encode(server.broadcast))
-            ranks = {client.name: client.rank for client in server.clients}
+            ranks = {client.name: client.rank for client in leaves(server.clients)}
             write_text(folder / "clients.json", json.dumps({"ranks": ranks, "received": dict(received)}))
             if optimizers is not None:
                 write_text(folder / "optimizers.json", json.dumps(list(optimizers)))

@@ -31,6 +31,9 @@ flora: federated LoRA fine-tuning with mixed ranks, aggregated exactly
 """
 
 
+FILE_ONLY = ("groups", "fleet")                                 # keys with keys of their own that a command line has no room for
+
+
 class _Usage(Exception):
     """Words after `flora` that are no call of it."""
 
@@ -49,7 +52,8 @@ def _config(arguments: list[str], verb: str) -> "RunConfig":
 
         options = _options(config)
         program = f"flora {verb} [CONFIG.yaml]"
-        settings = dataclasses.asdict(tyro.cli(type(options), prog=program, args=arguments, default=options))
+        given = dataclasses.asdict(tyro.cli(type(options), prog=program, args=arguments, default=options))
+        settings = {**config.model_dump(), **given}
         config = parse(settings, f"{name} and the command line" if name else "the command line")
     return config
 
@@ -121,6 +125,8 @@ def _options(config: "BaseModel") -> object:
 
     fields = []
     for name, field in type(config).model_fields.items():
+        if name in FILE_ONLY:
+            continue
         value = getattr(config, name)
         nested = isinstance(value, BaseModel)
         default = _options(value) if nested else value

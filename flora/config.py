@@ -6,35 +6,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from flora.errors import ConfigError
+from flora.sections import DeviceConfig, GroupsConfig, MemoryConfig, PartitionConfig, Strict
 
 OTHER_BRANCH = ("list_type", "int_type", "float_type")          # said of every branch of a union but the one that was meant
 EVALUATIONS = r"labels|answers|lm_eval:.+|mt_bench:.+"
 NotNegative = Annotated[int, Field(ge=0)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, use_attribute_docstrings=True)
-
-
-class PartitionConfig(_Strict):
-    """How rows are dealt to clients: one of by, iid, dirichlet_alpha, shards; evenly at random where none is given."""
-
-    by: str | None = None
-    """A column: one client per value, those with the most rows."""
-    iid: bool = False
-    """Evenly, at random."""
-    dirichlet_alpha: PositiveFloat | None = None
-    """Skewed labels: each label's rows in proportions drawn from a Dirichlet."""
-    shards: PositiveInt | None = None
-    """Shards of rows sorted by label, so many a client."""
-    label: str | None = None
-    """The column that dirichlet_alpha and shards skew."""
-
-
-class RunConfig(_Strict):
+class RunConfig(Strict):
     """A federated fine-tuning run. Every field is a key of the YAML file and an option of the command line."""
 
     model_name_or_path: str = "smollm2-135m"
@@ -45,6 +27,16 @@ class RunConfig(_Strict):
     """A fetched name, a .json, .jsonl, .parquet or .csv file or a folder of them, or a name of the hub."""
     partition: PartitionConfig = PartitionConfig()
     """How rows are dealt to clients."""
+    groups: GroupsConfig | None = None
+    """Groups of clients: count, by, label, inner_rounds, depth, rank, inner, choose."""
+    fleet: tuple[DeviceConfig, ...] = ()
+    """Classes of devices, on which time is simulated: name, count, seconds_per_layer_step, memory_mb, up_mbps, down_mbps, ..."""
+    fleet_memory: MemoryConfig = MemoryConfig()
+    """What training takes of a device's memory beside the factors."""
+    backhaul_mbps: PositiveFloat | None = None
+    """The link between a group's server and the server (no time where left out)."""
+    round_deadline: PositiveFloat | None = None
+    """Simulated seconds after which a round ends without who is late; needs a fleet."""
     num_clients: PositiveInt = 8
     """Clients of the run."""
     fraction_train: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -177,6 +169,15 @@ class RunConfig(_Strict):
             raise ValueError("merge_into adapter rounds no weight: leave out merge_residual and merge_rounding")
         if self.merge_into == "base" and (self.merge_rank is not None or self.merge_tol):
             raise ValueError("merge_rank and merge_tol compress what merge_into: adapter keeps; add it, or leave them out")
+        if self.fleet and sum(kind.count for kind in self.fleet) != self.num_clients:
+            raise ValueError(f"fleet: expected as many devices as num_clients ({self.num_clients}); got "
+                             f"{sum(kind.count for kind in self.fleet)}")
+        if self.round_deadline is not None and not self.fleet:
+            raise ValueError("round_deadline is of simulated time: give a fleet, or leave it out")
+        if self.groups and self.groups.count > self.num_clients:
+            raise ValueError(f"groups: expected at most num_clients ({self.num_clients}) groups; got {self.groups.count}")
+        if self.groups and self.groups.choose and self.round_deadline is None and self.groups.bytes_mb is None:
+            raise ValueError("groups.choose: expected round_deadline or groups.bytes_mb to choose within; got neither")
         if self.downlink_tol and self.downlink not in ("threshold", "auto"):
             raise ValueError(f"downlink_tol is for downlink threshold or auto; got {self.downlink}. Leave one out")
         if self.downlink == "threshold" and not self.downlink_tol:

@@ -90,13 +90,15 @@ def test_an_unknown_option_is_exit_code_2(place, arguments, capsys):
 
 
 def test_run_help_lists_every_key_with_its_meaning(capsys):
+    from flora.cli import FILE_ONLY
     from flora.config import RunConfig
 
     with pytest.raises(SystemExit) as stopped:
         main(["run", "--help"])
     said = capsys.readouterr().out.replace("_", "-")
     assert stopped.value.code == 0
-    keys = [*(name for name in RunConfig.model_fields if name != "partition"), "partition.by", "partition.dirichlet-alpha"]
+    keys = [*(name for name in RunConfig.model_fields if name not in ("partition", "fleet_memory", *FILE_ONLY)), "partition.by",
+            "partition.dirichlet-alpha", "fleet-memory.base-mb"]
     assert [key for key in keys if f"--{key.replace('_', '-')}" not in said] == []
     assert "one for all, or a list" in said
 

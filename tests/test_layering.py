@@ -8,7 +8,7 @@ import pytest
 from tiny import ROOT
 
 LAYERS = [
-    ["seeds", "files", "errors", "config", "allocator", "parallel"], ["checks"], ["segments", "memory"],
+    ["seeds", "files", "errors", "allocator", "parallel", "sections"], ["config"], ["checks"], ["segments", "memory"],
     ["kernels.reference", "kernels.native", "kernels.triton"], ["kernels"], ["library"], ["merges"], ["ops"],
     ["adapter"], ["frames"],
     ["layer"], ["shared"], ["targets"],
@@ -17,15 +17,16 @@ LAYERS = [
     ["grouping"], ["fleet"], ["capacity", "chooser"],
     ["client", "clock", "budget"], ["steps"], ["member"], ["loop"], ["cohort"], ["group"], ["stream"], ["server"],
     ["checkpoint"], ["report"], ["spread"], ["tables", "plots"], ["skew"],
-    ["engines.scores"], ["engines.prepare"], ["engines.traffic"],
+    ["engines.scores"], ["engines.prepare"], ["engines.hierarchy"], ["engines.traffic"],
     ["engines.measure", "engines.plan"], ["engines.local", "engines.flower", "engines.nvflare"], ["engines"],
     ["integrations"], ["doctor", "tuning", "shards", "comparison", "verification"], ["cli"]]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PACKAGES = ("strategies", "data", "integrations", "kernels.triton")     # their own files may import each other
 LIGHT = {"torch", "numpy", "safetensors", "flora"}
-HEAVY_ALLOWED = {"config": {"pydantic", "yaml"}, "report": {"rich"}, "doctor": {"rich"}, "engines.local": {"rich", "yaml"},
-                 "engines.plan": {"rich"}, "kernels.triton": {"triton"}, "shards": {"rich"}, "tables": {"rich"},
-                 "comparison": {"rich", "yaml"}, "verification": {"rich"}, "skew": {"rich"}, "integrations": {"peft"}}
+HEAVY_ALLOWED = {"config": {"pydantic", "yaml"}, "sections": {"pydantic"}, "report": {"rich"}, "doctor": {"rich"},
+                 "engines.local": {"rich", "yaml"}, "engines.plan": {"rich"}, "kernels.triton": {"triton"}, "shards": {"rich"},
+                 "tables": {"rich"}, "comparison": {"rich", "yaml"}, "verification": {"rich"}, "skew": {"rich"},
+                 "integrations": {"peft"}}
 
 
 def unit(name):

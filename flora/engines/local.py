@@ -1,5 +1,6 @@
 """A whole federated run in one process: the loop that DESIGN calls the one a newcomer looks for."""
 import contextlib
+import math
 import secrets
 import time
 from collections.abc import Mapping
@@ -16,11 +17,14 @@ from flora.allocator import keep_large_blocks
 from flora.checkpoint import Resumed, RunFolder
 from flora.cohort import Cohort
 from flora.config import RunConfig, load, parse
+from flora.data.batches import steps_per_epoch
 from flora.downlink import Downlink
-from flora.engines.measure import NOTHING, after, before, client_row, server_row, unmeasured_row, views_at_home
+from flora.engines.hierarchy import Hierarchy, clock_row, hierarchy_of
+from flora.engines.measure import NOTHING, after, before, client_row, over_group, server_row, unmeasured_row, views_at_home
 from flora.engines.prepare import Job, check, environment, prepare
 from flora.engines.traffic import Traffic, total
 from flora.errors import ConfigError
+from flora.group import Group, GroupCohort, leaves
 from flora.nn import accumulate, residuals, target_shapes, weights
 from flora.report import Report
 from flora.server import Server, first_broadcast
@@ -64,7 +68,11 @@ def _run(config: RunConfig, folder: RunFolder, job: Job, resumed: Resumed | None
         resume_at(job.model, resumed.broadcast.run, resumed.broadcast.version, merged=resumed.base is not None)
     with Report(folder.path, config.num_rounds, resumed.number if resumed else 0, config.quiet) as report:
         report.say(f"{len(job.clients)} clients, strategy {config.strategy}, {config.num_rounds} rounds")
-        server = new_server(config, job, resumed)
+        tree = new_hierarchy(config, job, resumed)
+        tree.observe(report.rows)
+        for name, reason in tree.left_out.items():
+            report.say(f"{name} is left out of the run: {reason}")
+        server = new_server(config, job, resumed, tree)
         state = State(dict(resumed.home), resumed.optimizers) if resumed else State()
         if config.optimizer_state == "keep":
             state.optimizers = state.optimizers or {}
@@ -72,7 +80,7 @@ def _run(config: RunConfig, folder: RunFolder, job: Job, resumed: Resumed | None
         if report.first == 0:
             sizes = traffic.down(server, server.sample(0))
             report.add(server_row(0, job, server, state.home, {}) | {"bytes_down": sum(sizes.values())})
-        done = rounds(config, job, server, report, folder, state, traffic)
+        done = rounds(config, job, server, report, folder, state, traffic, tree)
         if server.broadcast.start is not None:
             seed = job.merge_config.seed_of(server.broadcast.version)
             write_into(job.model, server.broadcast.start, job.merge_config, seed)    # last: nothing trains on this model any more
@@ -102,21 +110,25 @@ class State:
 
 
 def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: RunFolder, state: State,
-           traffic: Traffic) -> int:
+           traffic: Traffic, tree: Hierarchy) -> int:
     """The federated loop; returns how many rounds are done."""
     for number in range(report.first, config.num_rounds):
         if over_budget(config, report):
             return number
         measured = (number + 1) % config.eval_every == 0 or number + 1 == config.num_rounds
         sent, own = server.broadcast, views_at_home(server, state.home)
-        clients = [replace(client, start=own.get(client.name)) for client in server.sample(number)]
+        server.clients = tree.parties() if tree.members else server.clients
+        due, clock = tree.clock(number, server.sample(number), traffic.received, sent.train)
+        parties = [party if isinstance(party, Group) else replace(party, start=own.get(party.name)) for party in due]
+        clients = leaves(parties)
         bring_to(job.model, sent, job.merge_config)
         found = before(job, clients, sent, report, number) if measured else {}
-        cohort = Cohort(job.model, clients, job.train_config, config.target_modules, config.max_tokens_per_batch, job.merge_config,
+        maker = GroupCohort if tree.members else Cohort
+        cohort = maker(job.model, parties, job.train_config, config.target_modules, config.max_tokens_per_batch, job.merge_config,
                         optimizer_states=state.optimizers)
         report.start(f"round {number}: train", len(clients))
         updates = cohort.fit(sent, on_step=lambda *step, cohort=cohort: report.on_step(*step, cohort.tokens_per_second))
-        trained = after(job, updates, sent, report, number) if measured else {}
+        trained = after(job, updates, sent, report, number, parties) if measured else {}
         state.home.update({u.client: u.adapters for u in updates} if server.strategy.home else {})
 
         began = time.perf_counter()
@@ -126,10 +138,15 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
         seconds["evaluate"] = sum(one["seconds"] for one in (*found.values(), *trained.values()))
 
         up = traffic.up(server, leaving, sent)
-        for client, update in ((c, u) for c in clients for u in updates if u.client == c.name):
-            row = client_row(number, client, update, found.get(client.name, NOTHING), trained.get(client.name, NOTHING))
+        for client, update in ((p, u) for p in parties for u in updates if u.client == p.name):
+            both = [over_group(some, client, job) if isinstance(client, Group) else some.get(client.name, NOTHING)
+                    for some in (found, trained)]
+            row = client_row(number, client, update, *both)
+            tree.observe([row])
             report.add(row | {"bytes_up": up.get(client.name, 0), "bytes_down": traffic.received.get(client.name, 0)})
-        for name, reason in cohort.failures.items():
+        lost = {name: f"its device {how} in this round" for name, how in (clock.lost if clock else {}).items()}
+        lost = {name: reason.replace("vanished", "has vanished").replace("late", "is late") for name, reason in lost.items()}
+        for name, reason in {**lost, **cohort.failures}.items():
             report.add({"kind": "failure", "round": number, "client": name, "reason": reason})
             report.say(f"round {number}: {name} is left out: {reason}")
         server.shrink(updates)
@@ -139,7 +156,8 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
         seconds["save"] = time.perf_counter() - began
         row = (server_row(number + 1, job, server, state.home, seconds) if measured
                else unmeasured_row(number + 1, job, server, seconds))
-        report.add(row | {"bytes_up": sum(up.values()), "bytes_down": down, "tokens_per_second": cohort.rate})
+        row |= {"bytes_up": sum(up.values()), "bytes_down": down, "tokens_per_second": cohort.rate}
+        report.add(row | clock_row(clock, max((r.get("simulated_total", 0.0) for r in report.rows), default=0.0)))
         if config.checkpoint_every and (number + 1) % config.checkpoint_every == 0:
             folder.save_checkpoint(job.model, number + 1, server, traffic.received, state.home, state.optimizers)
         folder.mark("running", number + 1)
@@ -169,16 +187,26 @@ def dense_weights(job: Job, server: Server) -> Mapping[str, Tensor] | None:
     return weights(job.model, list(server.shapes))
 
 
-def new_server(config: RunConfig, job: Job, resumed: Resumed | None) -> Server:
+def new_hierarchy(config: RunConfig, job: Job, resumed: Resumed | None) -> Hierarchy:
+    """The groups and the fleet of this run, without either: its clients as they are."""
+    clients = job.clients
+    if resumed:
+        clients = [replace(client, rank=resumed.ranks.get(client.name, client.rank)) for client in clients]
+    shapes, own = target_shapes(job.model, config.target_modules), job.train_config
+    steps = {c.name: own.max_steps or math.ceil(own.num_train_epochs * steps_per_epoch(
+        len(c.rows), own.per_device_train_batch_size, own.gradient_accumulation_steps)) for c in clients}
+    return hierarchy_of(config, shapes, clients, job.histograms, steps)
+
+
+def new_server(config: RunConfig, job: Job, resumed: Resumed | None, tree: Hierarchy) -> Server:
     """The server of this run, which has tried its strategy on these clients' ranks and alphas: what it would refuse after the first
     round of training it refuses now. Under a name of the run's own, so merges are counted per run."""
     shapes = target_shapes(job.model, config.target_modules)
     options = config.strategy_options()
+    clients = tree.everybody()
     if resumed:
-        clients = [replace(client, rank=resumed.ranks.get(client.name, client.rank)) for client in job.clients]
         broadcast = resumed.broadcast
     else:
-        clients = job.clients
         broadcast = replace(first_broadcast(config.strategy, shapes, clients, config.seed, options), run=secrets.token_hex(8))
     server = Server(config.strategy, clients, broadcast, config.fraction_train, config.weighting, config.seed, options=options,
                     downlink=Downlink(config.downlink, config.downlink_tol), shapes=shapes)

@@ -1,13 +1,14 @@
 """What a round is measured by: every client's view of the model before and after, and the global model."""
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flora.adapter import Adapters, truncate
 from flora.client import LocalClient
 from flora.engines.prepare import Job
 from flora.evaluate import evaluate, evaluate_clients
+from flora.group import Group, leaves
 from flora.messages import Broadcast, Update
 from flora.nn import applied, load_weights, weights
 from flora.report import Report
@@ -30,11 +31,15 @@ def before(job: Job, clients: list[LocalClient], sent: Broadcast, report: Report
     return _evaluated(job, views, report, f"round {number}: before")
 
 
-def after(job: Job, updates: list[Update], sent: Broadcast, report: Report, number: int) -> dict[str, dict[str, Any]]:
-    """Each client's own rows under what it trained."""
+def after(job: Job, updates: list[Update], sent: Broadcast, report: Report, number: int,
+          parties: Sequence[LocalClient | Group] = ()) -> dict[str, dict[str, Any]]:
+    """Each client's own rows under what it trained; under its group's answer, where it is in one of these."""
     what = f"round {number}: after"
     if not any(update.base for update in updates):
-        return _evaluated(job, {u.client: {**(sent.start or {}), **u.adapters} for u in updates}, report, what)
+        of = {party.name: leaves([party]) for party in parties}
+        views = {name: {**(sent.start or {}), **u.adapters} for u in updates
+                 for name in ([client.name for client in of[u.client]] if u.client in of else [u.client])}
+        return _evaluated(job, views, report, what)
     found = {}
     for update in updates:                                      # whole weights: one client at a time
         held = {name: w.clone() for name, w in weights(job.model, list(update.base)).items()}
@@ -66,11 +71,25 @@ def _evaluated(job: Job, views: Mapping[str, Adapters | None], report: Report, w
             for name, metrics in found.items()}
 
 
-def client_row(number: int, client: LocalClient, update: Update, before: Mapping[str, Any],
+def over_group(found: Mapping[str, Mapping[str, Any]], group: Group, job: Job) -> dict[str, Any]:
+    """A group's clients as one: means by their held-out rows; seconds: the sum."""
+    mine = [(found[client.name], len(job.eval_rows[client.name])) for client in group.clients if client.name in found]
+    out = {"seconds": sum(one["seconds"] for one, _ in mine)}
+    for name in {key for one, _ in mine for key in one} - {"seconds", "perplexity", "tokens"}:
+        known = [(one[name], rows) for one, rows in mine if one.get(name) is not None and rows]
+        out[name] = sum(value * rows for value, rows in known) / sum(rows for _, rows in known) if known else None
+    return NOTHING | out
+
+
+def client_row(number: int, client: LocalClient | Group, update: Update, before: Mapping[str, Any],
                after: Mapping[str, Any]) -> dict[str, Any]:
-    """A client's row of metrics.jsonl. loss: mean training loss over the round's steps; seconds by phase."""
-    metrics = update.metrics
-    row = {"kind": "client", "round": number, "client": client.name, "rank": client.rank, "alpha": client.alpha,
+    """The row of a client, or of a group that answers as one. loss: mean training loss over the round's steps; seconds by phase."""
+    metrics, own = update.metrics, leaves([client])
+    group = {"members": len(own), "inner_rounds": client.inner_rounds, "depth": client.depth} if isinstance(client, Group) else {}
+    if "compress_error" in metrics:
+        group["compress_error"] = metrics["compress_error"]
+    row = {"kind": "client", "round": number, "client": client.name, "rank": max(c.rank for c in own),
+           "alpha": max(c.alpha for c in own), **group,
            "num_examples": update.num_examples, "steps": metrics["steps"], "tokens": metrics["tokens"], "loss": metrics["loss"]}
     for name in sorted({*before, *after} - {"seconds", "perplexity", "tokens"}):
         row |= {f"eval_{name}_before": before.get(name), f"eval_{name}_after": after.get(name)}

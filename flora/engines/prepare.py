@@ -15,6 +15,7 @@ from flora.config import RunConfig
 from flora.data import Partition, epoch_order, load_model, load_rows, load_tokenizer, partition, split, tokenize_rows
 from flora.engines.scores import Scores, scores_of
 from flora.errors import ConfigError, DataError
+from flora.grouping import Histograms, histograms, token_histograms
 from flora.strategies import STRATEGIES, Strategy, strategy_named
 from flora.versions import MergeConfig
 
@@ -28,7 +29,8 @@ POOLED = "everyone"
 
 @dataclass(frozen=True)
 class Job:
-    """What a run works on. eval_rows: held-out rows by client; server_rows: those of the server."""
+    """What a run works on. eval_rows: held-out rows by client; server_rows: those of the server; histograms: of the clients'
+    training rows, where there are groups."""
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
     clients: list[LocalClient]
@@ -38,6 +40,7 @@ class Job:
     eval_batch_size: int
     merge_config: MergeConfig
     scores: Scores
+    histograms: Histograms
 
 
 OPTIONS = {"start": "start", "server_learning_rate": "server_lr", "absent": "absent", "mixed_alpha": "mixed_alpha",
@@ -132,11 +135,16 @@ def prepare(config: RunConfig, say: Callable[[str], None], base: Path | None = N
     if pooled:
         held_out = {"": splits.server, POOLED: [i for indices in splits.eval.values() for i in indices]}
     scores = scores_of(config, tokenizer, {name: [rows[i] for i in indices] for name, indices in held_out.items()})
-    clients, eval_rows = [], {}
+    clients, eval_rows, own = [], {}, {}
     for (name, indices), rank, alpha in zip(splits.train.items(), config.ranks(), config.alphas(), strict=True):
         kept = [indices[i] for i in epoch_order(len(indices), config.seed, name, "kept")[:config.max_examples_per_client]]
         clients.append(LocalClient(name, tokens(sorted(kept)), rank, alpha))
+        own[name] = [rows[i] for i in kept]
         eval_rows[name] = tokens(splits.eval[name])
+    found: Histograms = {}
+    if config.groups is not None:
+        label = config.groups.label or config.partition.label
+        found = histograms(own, label) if label else token_histograms({c.name: [r["input_ids"] for r in c.rows] for c in clients})
     if pooled:
         largest = max(clients, key=lambda client: client.rank)
         everything = [row for client in clients for row in client.rows]
@@ -146,7 +154,7 @@ def prepare(config: RunConfig, say: Callable[[str], None], base: Path | None = N
     return Job(model, tokenizer, clients, eval_rows, tokens(splits.server),
                train_config(config, tokenizer.pad_token_id or 0, factor), config.per_device_eval_batch_size,
                MergeConfig(config.merge_into, config.merge_rounding, config.merge_residual, config.seed, config.merge_rank,
-                           config.merge_tol), scores)
+                           config.merge_tol), scores, found)
 
 
 def environment() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 from collections.abc import Mapping, Sequence
 
 from flora.client import LocalClient
+from flora.group import Group, leaves
 from flora.messages import Broadcast, Update, size
 from flora.server import Server, for_client
 
@@ -15,7 +16,7 @@ class Traffic:
     def __init__(self, received: Mapping[str, int] | None = None):
         self.received = dict(received or {})
 
-    def down(self, server: Server, following: Sequence[LocalClient]) -> dict[str, int]:
+    def down(self, server: Server, following: Sequence[LocalClient | Group]) -> dict[str, int]:
         """Bytes of the broadcast that is due, by client: to all, where it changes the base, sampled or not; else to those who train
         next (following)."""
         broadcast, before, sizes = server.broadcast, server.before, {}
@@ -23,9 +24,10 @@ class Traffic:
         known: dict[tuple[int, bool], int] = {}
         for client in [] if silent(server) else server.clients if everybody else following:
             held = client.name in self.received and before is not None
-            key = (client.rank, held)
+            rank = max(one.rank for one in leaves([client]))
+            key = (rank, held)
             if key not in known:
-                known[key] = size(for_client(broadcast, client.rank), before if held else None)
+                known[key] = size(for_client(broadcast, rank), before if held else None)
             sizes[client.name] = known[key]
         self.received = sizes
         return sizes
