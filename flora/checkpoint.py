@@ -81,6 +81,17 @@ def disk_errors(folder: Path) -> Iterator[None]:
                        f"make room (or set keep_rounds: 0), then: flora resume {folder}") from error
 
 
+def state_of(folder: Path) -> dict[str, Any]:
+    """{"state": "running" | "interrupted" | "failed" | "finished", "rounds_done"}; empty where there is no run of ours:
+    a run.json of another program must not make its folder ours to replace."""
+    try:
+        state = json.loads((folder / "run.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    ours = isinstance(state, dict) and set(state) == {"state", "rounds_done"} and state["state"] in STATES
+    return state if ours else {}
+
+
 class RunFolder:
     """Writes one run. Raises RunError where the folder holds a run already (unless overwrite or resume) or cannot be written."""
 
@@ -107,14 +118,8 @@ class RunFolder:
             (self.path / name).exists() for name in ("rounds", "checkpoint", "model"))
 
     def state(self) -> dict[str, Any]:
-        """{"state": "running" | "interrupted" | "failed" | "finished", "rounds_done"}; empty where there is no run of ours:
-        a run.json of another program must not make its folder ours to replace."""
-        try:
-            state = json.loads((self.path / "run.json").read_text())
-        except (OSError, ValueError):
-            return {}
-        ours = isinstance(state, dict) and set(state) == {"state", "rounds_done"} and state["state"] in STATES
-        return state if ours else {}
+        """As state_of says it."""
+        return state_of(self.path)
 
     def mark(self, state: str, rounds_done: int) -> None:
         """Writes how far the run came; a finished run needs its checkpoint no more."""
@@ -145,6 +150,8 @@ class RunFolder:
             if parts:
                 aggregate = {layer: stack([part[layer] for part in parts if layer in part]) for layer in all_layers(parts)}
                 save_peft(aggregate, folder / "aggregate", base_model)
+            if broadcast.base:
+                write_text(folder / "dense.json", json.dumps(list(broadcast.base)))
             if broadcast.start:
                 save_peft(broadcast.start, folder / "start", base_model)
         for old in (self.path / "rounds").iterdir():
@@ -156,7 +163,7 @@ class RunFolder:
         """Writes what resume needs: `number` is the next round. The base is written only if merges have changed it."""
         merged = model.__dict__.get("_flora_merged", False)
         with disk_errors(self.path), staged(self.path / "checkpoint" / str(number)) as folder:
-            (folder / "broadcast.safetensors").write_bytes(encode(server.broadcast))
+            (folder / "broadcast.safetensors").write_bytes(encode(server.broadcast, whole=True))
             ranks = {client.name: client.rank for client in leaves(server.clients)}
             write_text(folder / "clients.json", json.dumps({"ranks": ranks, "received": dict(received)}))
             if optimizers is not None:

@@ -23,6 +23,7 @@ from flora import tables
 from flora.checkpoint import RunFolder, disk_errors
 from flora.config import RunConfig, load, parse
 from flora.engines.local import run
+from flora.engines.prepare import rehearse
 from flora.errors import ConfigError, RunError, StrategyError
 from flora.files import safe_name, write_text
 from flora.plots import draw
@@ -54,7 +55,7 @@ def variant(base: RunConfig, entry: str, name: str = "") -> Variant:
     option of another strategy.
     """
     strategy, _, given = entry.partition(":")
-    rule = strategy_named(strategy)
+    strategy_named(strategy)
     settings: dict[str, Any] = {**base.model_dump(), "strategy": strategy}
     for pair in re.split(r"\+(?=[A-Za-z_.]+=)", given) if given else []:
         key, equals, value = pair.partition("=")
@@ -66,14 +67,10 @@ def variant(base: RunConfig, entry: str, name: str = "") -> Variant:
         except yaml.YAMLError:
             raise ConfigError(f"{entry}: expected a YAML value for {key}; got {value!r}") from None
     config = parse(settings, entry)
-    before = base.strategy_options()
-    unknown = [k for k, v in config.strategy_options().items() if before.get(k) != v and k not in rule.options]
-    if unknown:
-        raise StrategyError(f"{entry}: {strategy} has no option {unknown[0]}; it has: {', '.join(rule.options) or 'none'}")
     try:
-        rule.begin({}, config.ranks(), config.seed)             # refuses ranks that it cannot combine
-    except StrategyError as error:
-        raise StrategyError(f"{entry}: {error}") from None
+        rehearse(config)
+    except (ConfigError, StrategyError) as error:
+        raise type(error)(f"{entry}: {error}") from None
     return Variant(name or entry, entry, config)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
 
 from flora.errors import ConfigError
 from flora.sections import DeviceConfig, GroupsConfig, MemoryConfig, PartitionConfig, Strict
@@ -66,8 +66,8 @@ class RunConfig(Strict):
     """Strategy hetlora: weight of the penalty on the ranks that may go (5e-3 where left out)."""
     adalora: bool = False
     """Clients prune their ranks while they train, by importance (AdaLoRA); for strategies that take mixed ranks."""
-    adalora_keep: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """adalora: the share of its ranks that a client keeps, over all layers together."""
+    adalora_keep: Annotated[float, Field(gt=0, le=1)] | None = None
+    """adalora: the share of its ranks that a client keeps, over all layers together (0.5 where left out)."""
     proximal_mu: Annotated[float, Field(ge=0)] = 0.0
     """FedProx: weight of half the squared distance of what trains from where it started."""
     optimizer_state: Literal["reset", "keep"] = "reset"
@@ -78,7 +78,8 @@ class RunConfig(Strict):
     downlink_tol: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Relative error of an update that threshold and auto may make (0: none but rounding)."""
     communication_budget_mb: PositiveFloat | None = None
-    """Bytes up and down, of all clients and rounds together, in 10^6: no round begins that would go beyond."""
+    """Bytes up and down, of all clients and rounds together, in 10^6: no round begins that would go beyond, if it takes what the
+    largest one so far took (the first: what a dry run says)."""
     lora_r: PositiveInt | list[PositiveInt] = 16
     """Rank: one for all, or a list with one a client."""
     lora_alpha: PositiveFloat | list[PositiveFloat] | Literal["r", "2r"] = "2r"
@@ -158,6 +159,12 @@ class RunConfig(Strict):
     quiet: bool = False
     """No progress display, only the final table."""
 
+    @field_validator("evaluate", mode="before")
+    @classmethod
+    def _one_word(cls, value: Any) -> Any:
+        """A single evaluation may stand without a list."""
+        return [value] if isinstance(value, str) and value != "auto" else value
+
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
         rules = self.partition.model_dump(exclude={"label"}, exclude_defaults=True)
@@ -180,6 +187,13 @@ class RunConfig(Strict):
             raise ValueError("groups.choose: expected round_deadline or groups.bytes_mb to choose within; got neither")
         if self.downlink_tol and self.downlink not in ("threshold", "auto"):
             raise ValueError(f"downlink_tol is for downlink threshold or auto; got {self.downlink}. Leave one out")
+        if self.adalora_keep is not None and not self.adalora:
+            raise ValueError("adalora_keep is of adalora: add adalora: true, or leave it out")
+        if self.downlink in ("dense", "auto") and (self.merge_residual or self.merge_rounding != "nearest"):
+            raise ValueError(f"downlink {self.downlink} may send weights, rounded to nearest and without what that leaves: "
+                             "leave out merge_residual and merge_rounding, or take another downlink")
+        if self.downlink == "dense" and self.merge_into == "adapter":
+            raise ValueError("downlink dense sends the weights that merge_into: adapter leaves alone: leave one out")
         if self.downlink == "threshold" and not self.downlink_tol:
             raise ValueError("downlink threshold: expected downlink_tol, the relative error that it may make, such as 1e-3")
         unknown = [] if self.evaluate == "auto" else [e for e in self.evaluate if not re.fullmatch(EVALUATIONS, e)]

@@ -10,7 +10,6 @@ since, such as FFA's A; of Fed-SB's factors, only the (r, r) core.
 `decode` trusts nothing: sizes are bounded before anything is allocated, a flipped bit fails the digest, and adapters must
 have finite numbers, fitting shapes and ranks within the limits. Whatever is wrong, it raises MessageError and nothing else.
 """
-import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from flora import wire
 from flora.adapter import Adapter, Adapters
 from flora.errors import AdapterError, MessageError
 from flora.frames import core_in, frame
-from flora.wire import FORMAT, require
+from flora.wire import FORMAT, numbers, require
 
 TRAIN = ("AB", "A", "B", "core", "weight")
 
@@ -66,11 +65,13 @@ class Broadcast:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a receiver accepts. Sizes in bytes, counted before anything of that size is allocated."""
+    """What a receiver accepts. Sizes in bytes, counted before anything of that size is allocated; max_frame_bytes: of the fixed
+    factors that it makes for the cores of a message."""
     max_bytes: int = 1 << 34
     max_header_bytes: int = 1 << 24
     max_rank: int = 1 << 20
     max_examples: int = 1 << 40
+    max_frame_bytes: int = 1 << 30
 
 
 def _parts(message: Update | Broadcast) -> dict[str, Adapters | None]:
@@ -88,13 +89,14 @@ def _fields(message: Update | Broadcast) -> dict[str, object]:
             "since": message.since, "frame": int(message.frame), "base": None if message.base is None else list(message.base)}
 
 
-def _travels(message: Update | Broadcast, given: Broadcast | None) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
-    """The tensors that travel, and what the fields say of those that do not."""
+def _travels(message: Update | Broadcast, given: Broadcast | None,
+             whole: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    """The tensors that travel, and what the fields say of those that do not. whole: no cores."""
     tensors: dict[str, torch.Tensor] = {}
     zeros: dict[str, list[int]] = {}
     held: list[str] = []
-    cores: list[str] = []
-    seed = _frame_of(message, given)
+    cores: dict[str, list[int]] = {}
+    seed = None if whole else _frame_of(message, given)
     parts = {part: adapters for part, adapters in _parts(message).items() if adapters is not None}
     for part, adapters in parts.items():
         known = (given.start or {}) if given is not None and part != "merge" else {}
@@ -102,7 +104,7 @@ def _travels(message: Update | Broadcast, given: Broadcast | None) -> tuple[dict
             where = f"{part}/{layer}/"
             tensors[where + "scale"] = a.scale
             if part != "merge" and seed is not None and (small := core_in(a, seed, layer)) is not None:
-                cores.append(where)
+                cores[where] = [*a.shape]
                 if bool(small.any()):
                     tensors[where + "core"] = small
                 continue
@@ -134,13 +136,15 @@ def _cut(a: Adapter | None, factor: str, rank: int) -> torch.Tensor | None:
     return a.A[:rank] if factor == "A" else a.B[:, :rank]
 
 
-def encode(message: Update | Broadcast, given: Broadcast | None = None) -> bytes:
+def encode(message: Update | Broadcast, given: Broadcast | None = None, whole: bool = False) -> bytes:
     """The message as safetensors bytes, the same bytes for the same message. Factors keep their dtype; they are read on the CPU.
 
-    given: the broadcast that the receiver holds too and decodes with; None: the message stands alone.
+    given: the broadcast that the receiver holds too and decodes with; None: the message stands alone. whole: every bit comes back,
+    which a core times its frame does not give. Raises MessageError for metrics that are not finite numbers.
     """
-    tensors, fields = _travels(message, given)
-    return wire.write(tensors, fields)
+    if isinstance(message, Update):
+        numbers(message.metrics)
+    return wire.write(*_travels(message, given, whole))
 
 
 def size(message: Update | Broadcast, given: Broadcast | None = None) -> int:
@@ -169,7 +173,7 @@ class _Reader:
     """One message as it is read: its fields, and its tensors, which are taken out one by one."""
 
     def __init__(self, data: bytes, expected: Mapping[str, tuple[int, int]] | None, limits: Limits, given: Broadcast | None):
-        self.expected, self.limits = expected, limits
+        self.expected, self.limits, self.framed = expected, limits, 0
         self.fields, self.tensors = wire.read(data, limits.max_bytes, limits.max_header_bytes)
         self.given = self._given(given)
 
@@ -194,7 +198,7 @@ class _Reader:
         left = [*self.tensors, *fields["zeros"], *fields["held"], *fields["cores"]]
         require(not left, "only tensors of the layers listed", sorted(left)[:3])
         if fields["kind"] == "update":
-            return Update(parts["adapters"], self._count("num_examples", 1, self.limits.max_examples), _metrics(fields["metrics"]),
+            return Update(parts["adapters"], self._count("num_examples", 1, self.limits.max_examples), numbers(fields["metrics"]),
                           self._count("base_version", 0, 1 << 62), self._text("client"), base)
         since = None if fields["since"] is None else self._count("since", 0, 1 << 62)
         return Broadcast(parts.get("merge"), parts.get("start"), self._count("version", 0, 1 << 62), fields["train"],
@@ -242,7 +246,8 @@ class _Reader:
         return out
 
     def _finite(self, name: str, t: torch.Tensor) -> torch.Tensor:
-        require(t.is_floating_point() and bool(torch.isfinite(t).all()), f"finite floating-point numbers in {name}",
+        wide = t.float() if t.element_size() == 1 else t         # torch has no isfinite for 8 bits
+        require(t.is_floating_point() and bool(torch.isfinite(wide).all()), f"finite floating-point numbers in {name}",
                 f"{name} of {t.dtype}" + (" with NaN or infinity" if t.is_floating_point() else ""))
         return t
 
@@ -264,14 +269,18 @@ class _Reader:
 
     def _framed(self, where: str, layer: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B of an adapter of which the core travelled."""
-        self.fields["cores"].remove(where)
-        start = (self.given.start or {}) if self.given is not None else {}
-        shapes = self.expected if self.expected is not None else {name: a.shape for name, a in start.items()}
-        require(layer in shapes, f"{layer}: to be told its (out, in) (expected= or given=), since only a core travels", "neither")
-        shape, is_update = tuple(shapes[layer]), self.fields["kind"] == "update"
+        shape, is_update = self.fields["cores"].pop(where), self.fields["kind"] == "update"
+        require(isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape),
+                f"{layer}: (out, in) of its core", shape)
         require(not is_update or self.given is not None, "to be told the broadcast that it was trained on (given=)", "none")
-        require(rank <= 4 * max(shape), f"{layer}: a core of rank {4 * max(shape)} at most", rank)
-        frame_A, frame_B = frame(shape, rank, self.given.frame if is_update else self._count("frame", -(1 << 63), 1 << 63), layer)
+        self._of_layer(layer, tuple(shape))
+        self.framed += 4 * rank * sum(shape)
+        require(rank <= max(shape) and self.framed <= self.limits.max_frame_bytes,
+                f"cores of ranks up to (out, in), whose frames take {self.limits.max_frame_bytes:,} bytes at most",
+                f"rank {rank} for {shape}, {self.framed:,} bytes so far")
+        seed = self.given.frame if is_update else self._count("frame", -(1 << 63), 1 << 63)
+        known = self.given is not None and self.given.frame == seed          # whoever else sends seeds shall not fill the cache
+        frame_A, frame_B = (frame if known else frame.__wrapped__)(tuple(shape), rank, seed, layer)
         small = self.tensors.pop(where + "core", None)
         if small is None:
             return torch.zeros_like(frame_A), frame_B
@@ -288,10 +297,3 @@ class _Reader:
     def _text(self, name: str) -> str:
         require(isinstance(self.fields[name], str), f"{name} as text", type(self.fields[name]).__name__)
         return self.fields[name]
-
-
-def _metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    for name, value in metrics.items():
-        require(isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
-                f"a finite number as metric {name}", value)
-    return dict(metrics)

@@ -42,6 +42,8 @@ class Server:
         refuse_rule(self.strategy, clients)
         if stream is not None and strategy != "flora":
             raise StrategyError(f"expected strategy flora with a stream, which sums ΔW; got {strategy}. Leave the stream out.")
+        if stream is not None and downlink is not None and downlink.how != "stack":
+            raise StrategyError(f"expected no downlink with a stream, which sends dense sums; got {downlink.how}. Leave one out.")
         if stream is not None and options:
             raise StrategyError(f"expected no options with a stream, which has its own; got {sorted(options)}. Leave one out.")
         self.clients, self.fraction, self.weighting, self.seed = list(clients), fraction, weighting, seed
@@ -51,7 +53,9 @@ class Server:
         self.shapes = dict(shapes or {})
         self._received: dict[str, Update] = {}
         self._place = {client.name: i for i, client in enumerate(self.clients)}
-        self._merges: dict[int, Adapters] = {} if broadcast.merge is None else {broadcast.version: broadcast.merge}
+        self._merges: dict[int, Adapters] = {}
+        self._layers: set[str] = set()                          # that any broadcast has changed
+        self._remember(broadcast)
 
     def sample(self, number: int) -> list[LocalClient | Group]:
         """The clients of a round (from 0), by fraction and seed; always the same for the same round. In the run's order."""
@@ -92,15 +96,15 @@ class Server:
         try:
             for update in updates:
                 self.receive(update)
-        except StrategyError:
+            if not self._received:
+                return self.broadcast
+            ordered = sorted(self._received.values(), key=lambda update: self._place[update.client])
+            following = aggregate(ordered, self.strategy.name, **self._facts(), **self.options)
+            following, error = lighter(replace(following, run=self.broadcast.run), self.downlink, weights)
+        except FloraError:
             self._received = before
             raise
-        if not self._received:
-            return self.broadcast
-        ordered = sorted(self._received.values(), key=lambda update: self._place[update.client])
-        following = aggregate(ordered, self.strategy.name, **self._facts(), **self.options)
-        following, self.downlink_error = lighter(replace(following, run=self.broadcast.run), self.downlink, weights)
-        self._received = {}
+        self._received, self.downlink_error = {}, error
         return self._send(following)
 
     def _facts(self) -> dict[str, object]:
@@ -122,6 +126,9 @@ class Server:
 
         Raises StrategyError for what the strategy would refuse after a round of training: mixed ranks, mixed alpha, options.
         """
+        if self.strategy.dense and self.downlink.how != "stack":
+            raise StrategyError(f"downlink {self.downlink.how}: expected a strategy that sends an update to merge (flora, fedex); "
+                                f"got {self.strategy.name}, which sends weights. Leave downlink out.")
         if self.strategy.dense:
             return
         shapes = {"rehearsal": (4, 4)}
@@ -154,13 +161,18 @@ class Server:
     def _send(self, broadcast: Broadcast) -> Broadcast:
         """Makes this the broadcast that is due; remembers merges, up to HISTORY times the numbers in the weights they are for."""
         self.before, self.broadcast = self.broadcast, broadcast
-        if broadcast.base is not None:
-            self._merges = {}
-        if broadcast.merge is not None:
-            self._merges[broadcast.version] = broadcast.merge
+        self._remember(broadcast)
         while len(self._merges) > 1 and _size(self._merges.values()) > HISTORY * _dense(self._merges.values()):
             del self._merges[min(self._merges)]
         return broadcast
+
+    def _remember(self, broadcast: Broadcast) -> None:
+        """A version of which some layers went as weights has no merge that would do."""
+        self._layers |= {*(broadcast.merge or ()), *(broadcast.base or ())}
+        if broadcast.base is not None:
+            self._merges = {}
+        elif broadcast.merge is not None:
+            self._merges[broadcast.version] = broadcast.merge
 
     def catch_up(self, version: int, weights: Mapping[str, Tensor] | None = None) -> Broadcast:
         """What brings a client whose base is at `version` to the broadcast that is due: the merges it missed, concatenated.
@@ -171,10 +183,10 @@ class Server:
         now = self.broadcast
         if version > now.version:
             raise StrategyError(f"expected a base of version {now.version} at most; got {version}, which this server never sent")
-        if now.merge is None and now.base is None and not self._merges:
+        if not self._layers:
             return now                                              # a strategy that never merges: nothing was missed
         missed = [merge for number, merge in sorted(self._merges.items()) if number > version]
-        if (now.base is not None and now.merge is None) or version >= now.version - 1:
+        if version >= now.version - 1 or self._layers <= set(now.base or ()):
             return now
         whole = bool(missed) and set(range(version + 1, now.version + 1)) <= set(self._merges)
         if weights is not None and (not whole or _bytes(missed) > sum(w.nbytes for w in weights.values())):

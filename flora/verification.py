@@ -5,6 +5,7 @@ by other code than the server's: layer by layer, never two layers at once. What 
 the base after it.
 """
 import inspect
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flora.adapter import Adapter, Adapters
-from flora.checkpoint import RunFolder
+from flora.checkpoint import state_of
 from flora.config import RunConfig, load, parse
 from flora.errors import RunError
 from flora.files import safe_name
@@ -44,7 +45,7 @@ def verify(run: str | Path) -> list[dict[str, Any]]:
     Raises RunError for a folder that is not a run, ConfigError, AdapterError for files that cannot be read.
     """
     folder = Path(run).expanduser()
-    if not folder.is_dir() or not RunFolder(folder, overwrite=True).state():
+    if not folder.is_dir() or not state_of(folder):
         raise RunError(f"expected the folder of a run at {folder}; got none. Give the output_dir of a run.")
     config = parse({**load(folder / "config.yaml"), "output_dir": str(folder)}, str(folder / "config.yaml"))
     trained: dict[int, list[dict[str, Any]]] = {}
@@ -79,6 +80,8 @@ def _compared(folder: Path, number: int, trained: Mapping[int, Sequence[Mapping[
     if reason := _not_comparable(rule):
         raise _Cannot(reason)
     here = _kept(folder, number, config)
+    if not (here / "aggregate").is_dir() and (here / "dense.json").exists():
+        raise _Cannot("all layers travelled as new weights, and are not compared")
     if not (here / "aggregate").is_dir():
         raise _Cannot("no aggregate was saved: the server sent no adapters")
     updates = [_update(here, row, config) for row in trained[number]]
@@ -90,10 +93,12 @@ def _compared(folder: Path, number: int, trained: Mapping[int, Sequence[Mapping[
     if earlier and (here / "start").is_dir() and any(abs(1.0 - sum(p for _, p in terms)) > SHORT for terms in layers.values()):
         layers = by_layer(updates, config.weighting, absent, step, _sent(folder, max(earlier), config))
     made, note = load_peft(here / "aggregate"), ""
-    if config.downlink in ("dense", "auto"):
-        whole = [name for name in layers if name not in made]
-        layers = {name: terms for name, terms in layers.items() if name in made}
-        note = f"{len(whole)} layers travelled as new weights and are not compared" if whole else ""
+    if (here / "dense.json").exists():
+        whole = set(json.loads((here / "dense.json").read_text()))
+        layers, made = ({name: one for name, one in some.items() if name not in whole} for some in (layers, made))
+        note = f"{len(whole)} layers travelled as new weights and are not compared"
+    if not layers:
+        raise _Cannot(note)
     return _errors(layers, made) | {"reason": note}
 
 

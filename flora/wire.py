@@ -9,6 +9,7 @@ than `write` would spell it is refused, so a byte that changed is found even whe
 """
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Mapping
 
@@ -98,3 +99,11 @@ def read(data: bytes, max_bytes: int, max_header_bytes: int) -> tuple[dict, dict
     digest = fields.pop("digest")
     require(_digest(fields, table, view[8 + length:]) == digest, "the sender's SHA-256 digest", "another: it changed on the way")
     return fields, safetensors.torch.load(bytes(data))
+
+
+def numbers(metrics: Mapping[str, float]) -> dict[str, float]:
+    """These metrics. Raises MessageError for one that is no finite number."""
+    for name, value in metrics.items():
+        require(isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
+                f"a finite number as metric {name}", value)
+    return dict(metrics)

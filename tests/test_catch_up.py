@@ -3,7 +3,7 @@ import pytest
 import torch
 from oracles import relative
 from test_versions import LAYERS, logits, merges
-from tiny import llama, same, token_rows
+from tiny import adapter, llama, same, token_rows
 
 import flora
 from flora import nn
@@ -89,3 +89,17 @@ def test_updates_may_come_one_by_one():
     one_by_one.receive(Update(merges(1), 1, {}, 1, "c0"))
     one_by_one.discard()
     assert one_by_one.close().version == 1
+
+
+def test_what_went_as_weights_for_some_layers_is_never_made_up_of_merges():
+    clients = [flora.LocalClient("a", [{"input_ids": [1], "labels": [1]}], 2)]
+    whole = {"q": torch.ones(4, 4), "v": torch.ones(4, 4)}
+    part = {"q": adapter(1, (4, 4))}
+    for first, second in (({"merge": part, "base": {"v": torch.ones(4, 4)}}, {"merge": part}),
+                          ({"base": {"q": torch.ones(4, 4)}}, {"base": {"v": torch.ones(4, 4)}})):
+        server = Server("flora", clients, Broadcast(run="r"))
+        server._send(Broadcast(version=1, run="r", **first))
+        server._send(Broadcast(version=2, run="r", **second))
+        assert server.catch_up(0, whole).base == whole and server.catch_up(1) is server.broadcast
+        with pytest.raises(StrategyError, match="Give weights"):
+            server.catch_up(0)

@@ -145,7 +145,7 @@ def test_variants_learning_rates_and_the_command_line(place, monkeypatch, capsys
     (["flora:lora_rr=4"], ConfigError, "flora:lora_rr=4: lora_rr: no such key; did you mean lora_r"),
     (["flora:warm"], ConfigError, "key=value"), (["flora:seed=1"], ConfigError, "'seed=1'"),
     (["flora:lora_r=0"], ConfigError, "lora_r: .*greater than 0"), (["flora:lora_r=[8"], ConfigError, "YAML value for lora_r"),
-    (["fedit:start=warm"], StrategyError, "fedit has no option start"),
+    (["fedit:start=warm"], ConfigError, "start: expected strategy flora with it; got fedit"),
     (["fedit:lora_r=[8,4]"], StrategyError, "fedit:lora_r=.*one rank")], ids=str)
 def test_a_bad_entry_is_refused_before_anything_runs(place, monkeypatch, entries, error, says):
     monkeypatch.setattr(comparison, "_run", lambda *_: pytest.fail("it ran"))
@@ -221,3 +221,14 @@ def test_the_best_learning_rate_and_the_edge_of_the_grid():
 
     assert chosen(3.0, 1.0, 2.0) == (2.0, False) and chosen(3.0, 2.0, 1.0) == (3.0, True)
     assert chosen(math.nan, 2.0, math.inf) == (2.0, False)
+
+
+@pytest.mark.parametrize(("changes", "entries"), [
+    ({"start": "warm"}, ["flora", "fedit"]), ({"rank_decay": 0.9}, ["hetlora", "flora"]), ({}, ["flora", "fedit:rank_decay=0.9"]),
+    ({"downlink": "compressed"}, ["flora", "fedit"]), ({"num_clients": 2, "lora_alpha": [1, 2]}, ["flora", "fedit"]),
+    ({"adalora": True}, ["flora", "ffa"]), ({"weighting": "uniform"}, ["flora", "hetlora"])])
+def test_an_entry_that_the_strategy_would_refuse_is_refused_before_any_runs(changes, entries):
+    from flora.comparison import planned
+    from flora.errors import FloraError
+    with pytest.raises(FloraError, match=entries[1].partition(":")[0]):
+        planned(flora.config.parse({"lora_r": 4, **changes}), entries)

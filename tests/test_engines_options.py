@@ -62,6 +62,7 @@ def test_no_round_begins_that_would_go_beyond_the_budget(place):                
     free = server_rows(flora.run(one(place, "free", "flora", num_rounds=4)))
     each = free[1]["bytes_up"] + free[1]["bytes_down"]
     budget = (free[0]["bytes_down"] + 2.5 * each) / 1e6
+    assert server_rows(flora.run(one(place, "nothing", "flora", communication_budget_mb=0.01)))[-1]["rounds_done"] == 0
     folder = flora.run(one(place, "budget", "flora", num_rounds=4, communication_budget_mb=budget))
     rows = server_rows(folder)
     assert [row["rounds_done"] for row in rows] == [0, 1, 2] and (folder / "model").exists()
@@ -176,6 +177,10 @@ def test_adalora_prunes_by_layer_under_every_method_that_can_take_it(place, stra
     ("ffa", {"lora_alpha": [8, 8, 8, 4]}, StrategyError, "one scale"),
     ("fedsa", {"lora_alpha": [8, 8, 8, 4]}, StrategyError, "one scale"),
     ("fedex", {"lora_alpha": [8, 8, 8, 4]}, StrategyError, "one scale"),
+    ("full", {"weighting": 0.5}, ConfigError, "weighting: expected a strategy of adapters"),
+    ("full", {"merge_into": "adapter"}, ConfigError, "merge_into: expected a strategy of adapters"),
+    ("full", {"downlink": "auto"}, ConfigError, "downlink: expected a strategy of adapters"),
+    ("fedsb", {"adapter_dtype": "bfloat16"}, ConfigError, "adapter_dtype: expected float32 with fedsb"),
     ("nosuch", {}, StrategyError, "nosuch")])
 def test_what_the_strategy_would_refuse_is_refused_before_anybody_trains(place, monkeypatch, strategy, changes, error, says):   # noqa: F811
     def never(*_, **__):
@@ -192,7 +197,60 @@ def test_mixed_alpha_is_folded_where_that_is_asked(place):                      
 
 
 @pytest.mark.parametrize("bad", [{"downlink_tol": 0.1}, {"downlink": "threshold"}, {"evaluate": ["nothing"]}, {"weighting": -1.0},
-                                 {"weighting": "size"}, {"eval_every": 0}, {"communication_budget_mb": 0}, {"proximal_mu": -1}])
+                                 {"weighting": "size"}, {"eval_every": 0}, {"communication_budget_mb": 0}, {"proximal_mu": -1},
+                                 {"adalora_keep": 0.5},
+                                 {"downlink": "dense", "merge_into": "adapter"}, {"downlink": "auto", "merge_residual": True},
+                                 {"downlink": "dense", "merge_rounding": "stochastic"}])
 def test_keys_that_make_no_sense_are_refused(bad):
     with pytest.raises(ConfigError):
         flora.config.parse(bad)
+
+
+def test_a_single_evaluation_may_stand_without_a_list():
+    assert flora.config.parse({"evaluate": "labels"}).evaluate == ["labels"] and flora.config.parse({}).evaluate == "auto"
+
+
+def test_a_run_that_its_budget_stops_is_evaluated_where_it_stops(place):         # noqa: F811
+    free = server_rows(flora.run(one(place, "free-2", "flora", num_rounds=4)))
+    each = free[1]["bytes_up"] + free[1]["bytes_down"]
+    folder = flora.run(one(place, "stopped", "flora", num_rounds=4, eval_every=2,
+                           communication_budget_mb=(free[0]["bytes_down"] + 1.5 * each) / 1e6))
+    rows = server_rows(folder)
+    assert [(row["rounds_done"], "eval_loss" in row) for row in rows] == [(0, True), (1, False), (1, True)]
+    assert rows[-1]["eval_loss"] == free[1]["eval_loss"] and rows[-1]["bytes_down"] == 0
+
+
+def test_a_round_in_which_all_fail_sends_nothing_again(place, monkeypatch):      # noqa: F811
+    real = local.Cohort.fit
+
+    def fit(self, sent, **options):
+        updates = real(self, sent, **options)
+        fit.count += 1
+        return [] if fit.count == 2 else updates
+
+    fit.count = 0
+    monkeypatch.setattr(local.Cohort, "fit", fit)
+    for strategy in ("flora", "fedit"):
+        fit.count = 0
+        rows = server_rows(flora.run(one(place, f"fail-{strategy}", strategy, num_rounds=3)))
+        assert rows[2]["bytes_up"] == rows[2]["bytes_down"] == 0 and rows[3]["bytes_down"] > 0
+
+
+@pytest.mark.parametrize("strategy", ["fedsb", "rolora", "full", "fedsvd"])
+def test_an_interrupted_run_of_any_method_ends_with_the_same_rows(place, monkeypatch, strategy):         # noqa: F811
+    config = one(place, f"whole-{strategy}", strategy, num_rounds=3)
+    folder, real = flora.run(config), local.Server.close
+
+    def interrupted(self, updates, weights=None):
+        if self.broadcast.version == 2:
+            raise KeyboardInterrupt
+        return real(self, updates, weights)
+
+    monkeypatch.setattr(local.Server, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        flora.run({**config, "output_dir": str(place / f"again-{strategy}")})
+    monkeypatch.setattr(local.Server, "close", real)
+    again = resume(place / f"again-{strategy}")
+    drop = ("seconds", "tokens_per_second")
+    assert [{k: v for k, v in row.items() if k not in drop} for row in read_metrics(again)] == \
+        [{k: v for k, v in row.items() if k not in drop} for row in read_metrics(folder)]

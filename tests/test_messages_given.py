@@ -93,12 +93,35 @@ def test_of_fedsb_the_core_travels():
     assert same(decode(encode(elsewhere, first), SHAPES, given=first).adapters, elsewhere.adapters)
     following = Broadcast(start=update.adapters, version=1, run="r", train="core", frame=9)
     assert numbers(encode(following)) == 16 * len(SHAPES)
-    with pytest.raises(MessageError, match="expected= or given="):
-        decode(encode(following))
+    assert len(decode(encode(following)).start) == 2                   # stands alone
+    assert same(decode(encode(following, whole=True)).start, following.start)
     header, fields, body = split(encode(following))
-    for lie in ({"frame": 1 << 70}, {"cores": []}, {"cores": fields["cores"][:1]}):
+    huge = {"start/a.q/": [1 << 40, 3], "start/a.v/": [5, 11]}
+    small = {**fields["cores"], "start/a.q/": [2, 2]}
+    for lie in ({"frame": 1 << 70}, {"cores": []}, {"cores": {}}, {"cores": huge}, {"cores": small}):
         with pytest.raises(MessageError):
             decode(join(header, {**fields, **lie}, body), SHAPES)
+
+
+def test_frames_are_bounded_before_they_are_made():
+    first = replace(strategy_named("fedsb").begin({"l": (64, 64)}, [8], 9), run="r")
+    raw = encode(first)
+    assert len(decode(raw).start) == 1
+    with pytest.raises(MessageError, match="frames take 4,000 bytes at most"):
+        decode(raw, limits=Limits(max_frame_bytes=4_000))
+    before = frame.cache_info().currsize
+    for seed in range(20):
+        decode(encode(replace(strategy_named("fedsb").begin({"l": (64, 64)}, [8], seed), run="r"), whole=False))
+    assert frame.cache_info().currsize <= before + 20                    # begin's own; decode adds none
+
+
+def test_8_bit_factors_and_metrics_that_are_no_numbers():
+    a = adapter(2, (4, 8))
+    eight = Adapter(a.A.to(torch.float8_e4m3fn), a.B.to(torch.float8_e5m2), a.scale)
+    got = decode(encode(Update({"l": eight}, 3))).adapters["l"]
+    assert got.A.dtype == torch.float8_e4m3fn and torch.equal(got.B.float(), eight.B.float())
+    with pytest.raises(MessageError, match="a finite number as metric loss"):
+        encode(Update({"l": a}, 3, {"loss": float("nan")}))
 
 
 def test_size_is_the_length_for_every_dtype_and_kind():

@@ -173,9 +173,21 @@ def test_the_aggregate_is_merge_and_start_and_a_layer_of_one_of_them(tmp_path):
     ("warm", {"start": "warm"}, True), ("fedex", {"strategy": "fedex"}, True), ("ffa", {"strategy": "ffa"}, True),
     ("fedsb", {"strategy": "fedsb"}, True), ("factor", {"weighting": 0.2, "start": "warm", "server_learning_rate": 1.5}, True),
     ("auto", {"downlink": "auto"}, True), ("cut", {"downlink": "threshold", "downlink_tol": 0.3}, False),
+    ("shared, dense", {"start": "shared", "downlink": "auto"}, True), ("warm, auto", {"start": "warm", "downlink": "auto"}, True),
     ("flexlora", {"strategy": "flexlora"}, False), ("tokens", {"weighting": "tokens"}, True)])
 def test_whole_runs_of_other_methods(runs, name, changes, exact):
     settings = yaml.safe_load((runs["fedit"] / "config.yaml").read_text())
     folder = flora.run({**settings, "strategy": "flora", "lora_r": 4, **changes, "output_dir": str(runs["fedit"].parent / name)})
     rows = flora.verify(folder)
     assert len(rows) == 2 and all(row["exact"] is exact for row in rows), [row["error"] for row in rows]
+
+
+def test_what_travelled_as_weights_cannot_be_compared_and_says_so(runs):
+    settings = yaml.safe_load((runs["fedit"] / "config.yaml").read_text())
+    for name, changes in (("dense", {}), ("dense, shared", {"start": "shared"})):
+        folder = flora.run({**settings, "strategy": "flora", "downlink": "dense", **changes,
+                            "output_dir": str(runs["fedit"].parent / name)})
+        rows = flora.verify(folder)
+        assert all(row["error"] is None and "travelled as new weights" in row["reason"] for row in rows)
+    with pytest.raises(RunError, match="expected the folder of a run"):
+        flora.verify(runs["fedit"].parent)

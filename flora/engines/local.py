@@ -21,10 +21,12 @@ from flora.data.batches import steps_per_epoch
 from flora.downlink import Downlink
 from flora.engines.hierarchy import Hierarchy, clock_row, hierarchy_of
 from flora.engines.measure import NOTHING, after, before, client_row, over_group, server_row, unmeasured_row, views_at_home
-from flora.engines.prepare import Job, check, environment, prepare
+from flora.engines.plan import bytes_of_a_round
+from flora.engines.prepare import Job, environment, prepare, rehearse
 from flora.engines.traffic import Traffic, total
 from flora.errors import ConfigError
 from flora.group import Group, GroupCohort, leaves
+from flora.messages import Update
 from flora.nn import accumulate, residuals, target_shapes, weights
 from flora.report import Report
 from flora.server import Server, first_broadcast
@@ -40,7 +42,7 @@ def run(config: RunConfig | Mapping[str, Any] | str | Path, resume: bool = False
     """
     if not isinstance(config, RunConfig):
         config = parse(config) if isinstance(config, Mapping) else parse(load(config), str(config))
-    check(config)
+    rehearse(config)
     folder = RunFolder(config.output_dir, config.overwrite, resume)
     keep_large_blocks()
     console = Console(stderr=True, quiet=config.quiet)
@@ -76,7 +78,7 @@ def _run(config: RunConfig, folder: RunFolder, job: Job, resumed: Resumed | None
         state = State(dict(resumed.home), resumed.optimizers) if resumed else State()
         if config.optimizer_state == "keep":
             state.optimizers = state.optimizers or {}
-        traffic = Traffic(resumed.received if resumed else None)
+        traffic = Traffic(resumed.received, server.broadcast) if resumed else Traffic()
         if report.first == 0:
             sizes = traffic.down(server, server.sample(0))
             report.add(server_row(0, job, server, state.home, {}) | {"bytes_down": sum(sizes.values())})
@@ -113,7 +115,9 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
            traffic: Traffic, tree: Hierarchy) -> int:
     """The federated loop; returns how many rounds are done."""
     for number in range(report.first, config.num_rounds):
-        if over_budget(config, report):
+        if config.communication_budget_mb and over_budget(config, report, server, tree):
+            if "eval_loss" not in report.rows[-1]:
+                report.add(server_row(number, job, server, state.home, {}))
             return number
         measured = (number + 1) % config.eval_every == 0 or number + 1 == config.num_rounds
         sent, own = server.broadcast, views_at_home(server, state.home)
@@ -132,7 +136,7 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
         state.home.update({u.client: u.adapters for u in updates} if server.strategy.home else {})
 
         began = time.perf_counter()
-        leaving = [replace(u, adapters=leave_home(u.adapters, server.strategy.home)) for u in updates]
+        leaving = [_leaving(u, server.strategy.home) for u in updates]
         server.close(leaving, dense_weights(job, server))
         seconds = cohort.seconds | {"aggregate": time.perf_counter() - began}
         seconds["evaluate"] = sum(one["seconds"] for one in (*found.values(), *trained.values()))
@@ -167,17 +171,22 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
     return config.num_rounds
 
 
-def over_budget(config: RunConfig, report: Report) -> bool:
-    """Whether one more round, of as many bytes as the last one, would go beyond the budget. Says so."""
-    if config.communication_budget_mb is None:
+def over_budget(config: RunConfig, report: Report, server: Server, tree: Hierarchy) -> bool:
+    """Whether a round of as many bytes as the largest one so far would go beyond the budget; the first, of as many as a dry run
+    says. Says so."""
+    sizes = [row["bytes_up"] + row["bytes_down"] for row in report.rows if row["kind"] == "server" and row["rounds_done"]]
+    spent, most = total(report.rows), max(sizes) if sizes else bytes_of_a_round(config, server.shapes, tree.everybody())
+    if spent + most <= 1e6 * config.communication_budget_mb:
         return False
-    last = report.rows[-1]["bytes_up"] + report.rows[-1]["bytes_down"]
-    spent = total(report.rows)
-    if spent + last <= 1e6 * config.communication_budget_mb:
-        return False
-    report.say(f"stopped: {spent / 1e6:.1f} MB have travelled, a round takes {last / 1e6:.1f} MB, and the budget is "
+    report.say(f"stopped: {spent / 1e6:.1f} MB have travelled, a round takes {most / 1e6:.1f} MB, and the budget is "
                f"{config.communication_budget_mb:g} MB")
     return True
+
+
+def _leaving(update: Update, home: str) -> Update:
+    """What leaves a client: not the factors that stay at home, and no clock, so that equal runs send equal bytes."""
+    metrics = {name: value for name, value in update.metrics.items() if name not in ("seconds", "tokens_per_second")}
+    return replace(update, adapters=leave_home(update.adapters, home), metrics=metrics)
 
 
 def dense_weights(job: Job, server: Server) -> Mapping[str, Tensor] | None:

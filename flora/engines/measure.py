@@ -120,10 +120,14 @@ def server_row(rounds_done: int, job: Job, server: Server, home: Mapping[str, Ad
     row = {"kind": "server", "rounds_done": rounds_done, **mean, "bytes_up": 0, "bytes_down": 0,
            "seconds": {**seconds, "merge": seconds.get("merge", 0.0) + merged - began,
                        "evaluate": seconds.get("evaluate", 0.0) + time.perf_counter() - merged}}
-    if server.downlink.how != "stack":
-        row["downlink_error"] = server.downlink_error
+    return row | _losses(job, server)
+
+
+def _losses(job: Job, server: Server) -> dict[str, float]:
+    """What the downlink and a compressed adapter beside the base left out."""
     errors = job.model.__dict__.get("_flora_merge_errors")
-    return row if errors is None else row | {"merge_error": max(errors.values(), default=0.0)}
+    return ({} if server.downlink.how == "stack" else {"downlink_error": server.downlink_error}) | (
+        {} if errors is None else {"merge_error": max(errors.values(), default=0.0)})
 
 
 def unmeasured_row(rounds_done: int, job: Job, server: Server, seconds: Mapping[str, float]) -> dict[str, Any]:
@@ -131,4 +135,4 @@ def unmeasured_row(rounds_done: int, job: Job, server: Server, seconds: Mapping[
     began = time.perf_counter()
     bring_to(job.model, server.broadcast, job.merge_config)
     return {"kind": "server", "rounds_done": rounds_done, "bytes_up": 0, "bytes_down": 0,
-            "seconds": {**seconds, "merge": seconds.get("merge", 0.0) + time.perf_counter() - began}}
+            "seconds": {**seconds, "merge": seconds.get("merge", 0.0) + time.perf_counter() - began}, **_losses(job, server)}

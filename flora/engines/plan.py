@@ -14,7 +14,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from flora.adapter import Adapter
+from flora.adapter import Adapter, truncate
 from flora.client import LocalClient
 from flora.config import RunConfig
 from flora.data import Partition, load_rows, partition
@@ -22,10 +22,11 @@ from flora.data.batches import steps_per_epoch
 from flora.data.known import ARCHITECTURES, ROWS
 from flora.data.models import resolve_model
 from flora.downlink import Downlink
-from flora.engines.prepare import POOLED, check
+from flora.engines.prepare import POOLED, rehearse
 from flora.engines.traffic import Traffic
 from flora.errors import DataError
 from flora.frames import frame
+from flora.group import Group
 from flora.member import starting_adapters
 from flora.messages import Broadcast, Update
 from flora.nn import target_shapes
@@ -83,41 +84,69 @@ def _rows(config: RunConfig) -> dict[str, int]:
 
 def plan(config: RunConfig, rounds: int = 2) -> Plan:
     """What the run of this config would be; bytes of so many first rounds. Raises what the run would raise before it trains."""
-    check(config)
+    rehearse(config)
     model = outline(config)
     shapes = target_shapes(model, config.target_modules)
     counts = _rows(config)
+    share = min(config.server_eval_rows, sum(counts.values()) // 5) / sum(counts.values())       # the server's held-out rows
     clients = []
     for (name, held), rank, alpha in zip(counts.items(), config.ranks(), config.alphas(), strict=True):
+        held -= round(share * held)
         kept = max(1, min(held - min(config.eval_rows_per_client, held // 5), config.max_examples_per_client or held))
-        epoch = steps_per_epoch(kept, config.per_device_train_batch_size, config.gradient_accumulation_steps)
-        steps = config.max_steps or math.ceil((config.num_train_epochs or 1.0) * epoch)
-        clients.append({"client": name, "rows": kept, "rank": rank, "alpha": alpha, "steps": steps})
+        clients.append({"client": name, "rows": kept, "rank": rank, "alpha": alpha, "steps": config.max_steps})
     if strategy_named(config.strategy).pooled:
-        largest = max(clients, key=lambda c: c["rank"])
-        clients = [{**largest, "client": POOLED, "rows": sum(c["rows"] for c in clients)}]
+        times = max(1, round(config.fraction_train * config.num_clients))
+        clients = [{**max(clients, key=lambda c: c["rank"]), "client": POOLED, "rows": sum(c["rows"] for c in clients),
+                    "steps": config.max_steps and config.max_steps * times}]
+    for client in clients:
+        epoch = steps_per_epoch(client["rows"], config.per_device_train_batch_size, config.gradient_accumulation_steps)
+        client["steps"] = client["steps"] or math.ceil((config.num_train_epochs or 1.0) * epoch)
+    parties = [LocalClient(c["client"], [{}] * c["rows"], c["rank"], c["alpha"]) for c in clients]
+    up, down, first = _whole(config, shapes, parties, rounds)
+    parameters = sum(p.numel() for p in model.parameters())
+    return Plan(parameters, shapes, clients, up, down, first, _dtype(config).itemsize * parameters)
+
+
+def bytes_of_a_round(config: RunConfig, shapes: Shapes, parties: Sequence[LocalClient | Group]) -> int:
+    """Bytes up and down of the first round, all clients together, as a dry run counts them."""
+    flat = [party if isinstance(party, LocalClient) else _as_client(party) for party in parties]
+    up, down, _ = _whole(config, shapes, flat, 1)
+    return up[0] + down[0]
+
+
+def _as_client(group: Group) -> LocalClient:
+    """A client whose adapters are as large as a group's answer."""
+    rank = group.rank or group.inner_rounds * sum(client.rank for client in group.clients)
+    return replace(group.clients[0], name=group.name, rank=rank)
+
+
+def _dtype(config: RunConfig) -> torch.dtype:
+    """Of the base."""
+    auto = "bfloat16" if torch.cuda.is_available() and config.device != "cpu" else "float32"
+    return getattr(torch, auto if config.dtype == "auto" else config.dtype)
+
+
+def _whole(config: RunConfig, shapes: Shapes, parties: Sequence[LocalClient], rounds: int) -> tuple[list[int], list[int], int]:
+    """Bytes up and down of each round, and down before the first: those of a layer of each shape, as often as there are layers."""
     up, down, first = [0] * rounds, [0] * rounds, 0
     for shape, times in Counter(shapes.values()).items():
-        one = _bytes(config, {"layer": shape}, clients, rounds)
+        one = _bytes(config, {"layer": shape}, parties, rounds)
         first += times * one[2]
         up = [a + times * b for a, b in zip(up, one[0], strict=True)]
         down = [a + times * b for a, b in zip(down, one[1], strict=True)]
-    wide = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4 if not torch.cuda.is_available() else 2}[config.dtype]
-    parameters = sum(p.numel() for p in model.parameters())
-    return Plan(parameters, shapes, clients, up, down, first, wide * parameters)
+    return up, down, first
 
 
-def _bytes(config: RunConfig, shapes: Shapes, clients: Sequence[Mapping[str, Any]],
+def _bytes(config: RunConfig, shapes: Shapes, parties: Sequence[LocalClient],
            rounds: int) -> tuple[list[int], list[int], int]:
     """Bytes up and down of each round, and down before the first, of a model that has this layer alone."""
-    parties = [LocalClient(c["client"], [{}] * c["rows"], c["rank"], c["alpha"]) for c in clients]
     options = config.strategy_options()
     server = Server(config.strategy, parties, first_broadcast(config.strategy, shapes, parties, config.seed, options),
                     config.fraction_train, config.weighting, config.seed, options=options,
                     downlink=Downlink(config.downlink, config.downlink_tol), shapes=shapes)
     server.rehearse()
     traffic, draw = Traffic(), torch.Generator().manual_seed(config.seed)
-    base = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    base = {n: torch.zeros(shape, dtype=_dtype(config)) for n, shape in shapes.items()} if config.merge_into == "base" else None
     first = sum(traffic.down(server, server.sample(0)).values())
     up, down = [], []
     for number in range(rounds):
@@ -137,7 +166,8 @@ def _trained(client: LocalClient, sent: Broadcast, shapes: Shapes, config: RunCo
 
     adapters, metrics = {}, {"tokens": 1}
     if sent.train == "weight":
-        return Update({}, len(client.rows), metrics, sent.version, client.name, {n: noise(*shape) for n, shape in shapes.items()})
+        weights = {n: noise(*shape).to(_dtype(config)) for n, shape in shapes.items()}
+        return Update({}, len(client.rows), metrics, sent.version, client.name, weights)
     for name, a in starting_adapters(client, sent.start, shapes, config.seed, sent.version).items():
         a = a.to(getattr(torch, config.adapter_dtype))
         A = a.A + noise(*a.A.shape) if "A" in sent.train else a.A
@@ -145,6 +175,8 @@ def _trained(client: LocalClient, sent: Broadcast, shapes: Shapes, config: RunCo
             A = noise(a.rank, a.rank) @ frame(a.shape, a.rank, sent.frame, name)[0].to(a.A)
         B = a.B + noise(*a.B.shape) if "B" in sent.train else a.B
         adapters[name] = Adapter(A, B, a.scale).to(a.A.dtype)
+        if config.adalora:
+            adapters[name] = truncate(adapters[name], max(1, math.ceil((config.adalora_keep or 0.5) * a.rank)))
     return Update(adapters, len(client.rows), metrics, sent.version, client.name)
 
 

@@ -13,9 +13,12 @@ from flora import kernels
 from flora.client import LocalClient, TrainConfig
 from flora.config import RunConfig
 from flora.data import Partition, epoch_order, load_model, load_rows, load_tokenizer, partition, split, tokenize_rows
+from flora.downlink import Downlink
 from flora.engines.scores import Scores, scores_of
 from flora.errors import ConfigError, DataError
+from flora.group import Group
 from flora.grouping import Histograms, histograms, token_histograms
+from flora.server import Server, first_broadcast
 from flora.strategies import STRATEGIES, Strategy, strategy_named
 from flora.versions import MergeConfig
 
@@ -44,7 +47,8 @@ class Job:
 
 
 OPTIONS = {"start": "start", "server_learning_rate": "server_lr", "absent": "absent", "mixed_alpha": "mixed_alpha",
-           "threshold": "threshold"}                            # keys that a strategy's aggregate may take, and their names there
+           "threshold": "threshold"}
+DENSE = ("downlink", "merge_into", "merge_residual", "merge_rounding", "lora_dropout", "adapter_dtype")     # of no use to weights
 
 
 def check(config: RunConfig) -> None:
@@ -65,8 +69,33 @@ def check(config: RunConfig) -> None:
     for key in ("rank_decay", "rank_penalty"):
         if getattr(config, key) is not None and not rule.prunes:
             refuse(key, lambda other: other.prunes)
+    if rule.dense:
+        given = [key for key in DENSE if getattr(config, key) != type(config).model_fields[key].default]
+        if given or isinstance(config.weighting, float):
+            raise ConfigError(f"{given[0] if given else 'weighting'}: expected a strategy of adapters with it; got "
+                              f"{config.strategy}, which trains and averages the weights themselves. Leave it out, or change the "
+                              "strategy.")
+    if config.adapter_dtype != "float32" and rule.begin({}, [1], 0).train == "core":
+        raise ConfigError(f"adapter_dtype: expected float32 with {config.strategy}, whose core is what travels; got "
+                          f"{config.adapter_dtype}. Leave it out.")
     if config.adalora and (not rule.mixed_ranks or rule.dense or rule.prunes):
         refuse("adalora", lambda other: other.mixed_ranks and not other.dense and not other.prunes)
+
+
+def rehearse(config: RunConfig) -> None:
+    """Everything that `check` and the strategy refuse of this config, before a row is read: a server of its ranks and alphas
+    aggregates once. Raises ConfigError, StrategyError."""
+    check(config)
+    sizes = enumerate(zip(config.ranks(), config.alphas(), strict=True))
+    clients: list[LocalClient | Group] = [LocalClient(f"client-{k}", [{}], rank, alpha) for k, (rank, alpha) in sizes]
+    if strategy_named(config.strategy).pooled:
+        clients = [max(clients, key=lambda client: client.rank)]
+    if config.groups is not None:
+        clients = [Group("all", clients, inner=config.groups.inner)]
+    options = config.strategy_options()
+    first = first_broadcast(config.strategy, {"rehearsal": (4, 4)}, clients, config.seed, options)
+    Server(config.strategy, clients, first, 1.0, config.weighting, config.seed, options=options,
+           downlink=Downlink(config.downlink, config.downlink_tol)).rehearse()
 
 
 def device_and_dtype(config: RunConfig) -> tuple[torch.device, torch.dtype]:
@@ -92,7 +121,7 @@ def train_config(config: RunConfig, pad_token_id: int, steps_factor: int = 1) ->
         lora_dropout=config.lora_dropout, seed=config.seed, num_train_epochs=config.num_train_epochs or 1.0,
         pad_token_id=pad_token_id, gradient_checkpointing=config.gradient_checkpointing,
         adapter_dtype=None if config.adapter_dtype == "float32" else config.adapter_dtype, proximal_mu=config.proximal_mu,
-        adalora_keep=config.adalora_keep if config.adalora else None, **_pruning(config))
+        adalora_keep=(config.adalora_keep or 0.5) if config.adalora else None, **_pruning(config))
 
 
 def _pruning(config: RunConfig) -> dict[str, float]:
