@@ -7,6 +7,7 @@ import json
 import shutil
 from typing import Any
 
+from benchmarks.papers import toy
 from benchmarks.papers.communication import PUBLISHED, pages
 from benchmarks.papers.run import HERE, RESULTS
 from flora import tables
@@ -53,6 +54,23 @@ def communication() -> str:
     return "\n".join([COMMUNICATION, *map(below, pages(json.loads(PUBLISHED.read_text())))])
 
 
+TOY = """## Many short rounds, and every method at its own best learning rate
+
+A regression in the place of a language model (benchmarks/papers/toy.py): a network of two layers whose weights are to change by 15 %;
+twenty clients of rank 4 with 64 rows each, two a round, 200 rounds of 20 AdamW steps, seeds 0, 1, 2. Error on fresh inputs as a share
+of the error at the start. Where the best rate is an edge of what was tried, a better one may lie beyond.
+
+Published: after 200 rounds of 20 steps, FedIT 75.1, FFA-LoRA 72.3, FLoRA 60.6 (20 clients, 2 a round; reported by users of the
+reference code).
+"""
+
+
+def many_rounds() -> str:
+    """The toy's tables as Markdown."""
+    rows = [row for path in sorted(RESULTS.glob("*/papers/toy.json")) for row in json.loads(path.read_text())]
+    return "\n".join([TOY, *map(below, toy.pages(rows))])
+
+
 def below(page: tables.Page) -> str:
     """A table under a section's heading."""
     return page.markdown().replace("## ", "### ", 1)
@@ -60,11 +78,12 @@ def below(page: tables.Page) -> str:
 
 def main() -> None:
     parts = [HEAD]
-    for path in sorted(RESULTS.glob("*/papers/*.json")):
+    for path in sorted(RESULTS.glob("*/papers/*-*.json")):
         record = json.loads(path.read_text())
         image = f"results-{record['experiment']}-{record['scale']}.svg"
         shutil.copyfile(path.with_suffix(".svg"), OUT.parent / image)
         parts.append(section(record, image))
+    parts.append(many_rounds())
     parts.append(communication())
     parts += [path.read_text() for path in sorted(HERE.glob("*/notes.md"))]
     OUT.write_text("\n".join(parts))
