@@ -56,9 +56,9 @@ def communication() -> str:
 
 TOY = """## Many short rounds, and every method at its own best learning rate
 
-A regression in the place of a language model (benchmarks/papers/toy.py): a network of two layers whose weights are to change by 15 %;
-twenty clients of rank 4 with 64 rows each, two a round, 200 rounds of 20 AdamW steps, seeds 0, 1, 2. Error on fresh inputs as a share
-of the error at the start. Where the best rate is an edge of what was tried, a better one may lie beyond.
+A regression in the place of a language model (benchmarks/papers/toy.py): a network of two layers whose weights are to change by
+15 %; twenty clients of rank 4 with 64 rows each, two a round, 200 rounds of 20 AdamW steps, seeds 0, 1, 2. Error on fresh inputs as
+a share of the error at the start. Where the best rate is an edge of what was tried, a better one may lie beyond.
 
 Published: after 200 rounds of 20 steps, FedIT 75.1, FFA-LoRA 72.3, FLoRA 60.6 (20 clients, 2 a round; reported by users of the
 reference code).
