@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from flora.adapter import Adapter, Adapters, combine, norm, normalised, pad
+from flora.adapter import Adapter, Adapters, combine, normalised, pad
 from flora.errors import StrategyError
 from flora.messages import Broadcast, Update
 from flora.parallel import each
@@ -58,6 +58,12 @@ def aggregate_zeropad(updates: Sequence[Update], weights: str | float = "example
     return Broadcast(start=averages(by_layer(updates, weights, absent, server_lr, sent), mixed_alpha))
 
 
+def _size(a: Adapter) -> float:
+    """‖B diag(s) A‖_F = √tr((BᵀB) S (AAᵀ) S), by products of rank size: half of its digits, enough for a weight."""
+    B, A = a.B.double() * a.scale.double(), a.A.double()
+    return float(((B.T @ B) * (A @ A.T)).sum().clamp(min=0.0).sqrt())
+
+
 def aggregate_hetlora(updates: Sequence[Update], mixed_alpha: str = "fold", sent: Adapters | None = None) -> Broadcast:
     """start: A = Σ p_k A_k, B = Σ p_k B_k padded to the largest rank, with p_k = ‖ΔW_k‖_F / Σ ‖ΔW_j‖_F layer by layer.
 
@@ -65,7 +71,7 @@ def aggregate_hetlora(updates: Sequence[Update], mixed_alpha: str = "fold", sent
     HetLoRA, arXiv 2401.06432, section 3.
     """
     layers = by_layer(updates, "uniform", "renormalise", sent=sent)
-    norms = each(lambda name: [norm(a) for a, _ in layers[name]], layers)
+    norms = each(lambda name: [_size(a) for a, _ in layers[name]], layers)
     weighed = {}
     for (name, terms), sizes in zip(layers.items(), norms, strict=True):
         p = normalised(sizes if any(sizes) else [1.0] * len(sizes))
