@@ -2,11 +2,10 @@
 import pytest
 import torch
 from test_engines import of, place, settings  # noqa: F401  a fixture of the module that all runs share
+from test_engines_options import stopped_and_resumed
 
 import flora
 from flora.config import parse
-from flora.engines import local
-from flora.engines.local import resume
 from flora.errors import ConfigError, StrategyError
 from flora.formats import load_peft
 from flora.report import read_metrics
@@ -84,18 +83,7 @@ def test_the_chooser_keeps_the_deadline_and_resumes_as_it_was(place, monkeypatch
     rows = of(read_metrics(folder), "client")
     assert all(row["simulated_seconds"] <= 90 for row in servers(folder)[1:]) and not of(read_metrics(folder), "failure")
     assert max(row["inner_rounds"] for row in rows) > 1
-    real = local.Server.close
-
-    def interrupted(self, updates, weights=None):
-        if self.broadcast.version == 2:
-            raise KeyboardInterrupt
-        return real(self, updates, weights)
-
-    monkeypatch.setattr(local.Server, "close", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        flora.run({**config, "output_dir": str(place / "choose-2")})
-    monkeypatch.setattr(local.Server, "close", real)
-    again = resume(place / "choose-2")
+    again = stopped_and_resumed(config, place / "choose-2", monkeypatch, 2)
     drop = ("seconds", "tokens_per_second", "bytes_up")
     assert [{k: v for k, v in row.items() if k not in drop} for row in read_metrics(again)] == \
         [{k: v for k, v in row.items() if k not in drop} for row in read_metrics(folder)]

@@ -22,6 +22,22 @@ def server_rows(folder):
     return of(read_metrics(folder), "server")
 
 
+def stopped_and_resumed(config, folder, monkeypatch, version):
+    """The same run in another folder, interrupted before it aggregates what was trained on this version, and resumed."""
+    real = local.Server.close
+
+    def interrupted(self, updates, weights=None):
+        if self.broadcast.version == version:
+            raise KeyboardInterrupt
+        return real(self, updates, weights)
+
+    monkeypatch.setattr(local.Server, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        flora.run({**config, "output_dir": str(folder)})
+    monkeypatch.setattr(local.Server, "close", real)
+    return resume(folder)
+
+
 def kilobytes(numbers):
     return 4 * LAYERS * numbers
 
@@ -118,18 +134,7 @@ def test_hetlora_prunes_its_ranks_for_good_and_resume_remembers(place, monkeypat
     folder = flora.run(config)
     ranks = [[c["rank"] for c in of(read_metrics(folder), "client") if c["round"] == number] for number in range(5)]
     assert ranks[0] == ranks[1] == [8] * 4 and ranks[3] == [4] * 4 and ranks[4] == [2] * 4     # B = 0 at first: nothing can shrink
-    real = local.Server.close
-
-    def interrupted(self, updates, weights=None):
-        if self.broadcast.version == 3:
-            raise KeyboardInterrupt
-        return real(self, updates, weights)
-
-    monkeypatch.setattr(local.Server, "close", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        flora.run({**config, "output_dir": str(place / "het-2")})
-    monkeypatch.setattr(local.Server, "close", real)
-    again = resume(place / "het-2")
+    again = stopped_and_resumed(config, place / "het-2", monkeypatch, 3)
     assert [c["rank"] for c in of(read_metrics(again), "client")] == [rank for some in ranks for rank in some]
     assert server_rows(again)[-1]["eval_loss"] == server_rows(folder)[-1]["eval_loss"]
 
@@ -139,18 +144,7 @@ def test_moments_that_are_kept_survive_an_interruption(place, monkeypatch):     
     kept, reset = flora.run(config), flora.run({**config, "output_dir": str(place / "reset"), "optimizer_state": "reset"})
     assert server_rows(kept)[1]["eval_loss"] == server_rows(reset)[1]["eval_loss"]
     assert server_rows(kept)[2]["eval_loss"] != server_rows(reset)[2]["eval_loss"]
-    real = local.Server.close
-
-    def interrupted(self, updates, weights=None):
-        if self.broadcast.version == 1:
-            raise KeyboardInterrupt
-        return real(self, updates, weights)
-
-    monkeypatch.setattr(local.Server, "close", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        flora.run({**config, "output_dir": str(place / "kept-2")})
-    monkeypatch.setattr(local.Server, "close", real)
-    again = resume(place / "kept-2")
+    again = stopped_and_resumed(config, place / "kept-2", monkeypatch, 1)
     for name, a in load_peft(kept / "rounds" / "2" / "aggregate").items():
         assert torch.equal(load_peft(again / "rounds" / "2" / "aggregate")[name].B, a.B)
 
@@ -239,18 +233,8 @@ def test_a_round_in_which_all_fail_sends_nothing_again(place, monkeypatch):     
 @pytest.mark.parametrize("strategy", ["fedsb", "rolora", "full", "fedsvd"])
 def test_an_interrupted_run_of_any_method_ends_with_the_same_rows(place, monkeypatch, strategy):         # noqa: F811
     config = one(place, f"whole-{strategy}", strategy, num_rounds=3)
-    folder, real = flora.run(config), local.Server.close
-
-    def interrupted(self, updates, weights=None):
-        if self.broadcast.version == 2:
-            raise KeyboardInterrupt
-        return real(self, updates, weights)
-
-    monkeypatch.setattr(local.Server, "close", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        flora.run({**config, "output_dir": str(place / f"again-{strategy}")})
-    monkeypatch.setattr(local.Server, "close", real)
-    again = resume(place / f"again-{strategy}")
+    folder = flora.run(config)
+    again = stopped_and_resumed(config, place / f"again-{strategy}", monkeypatch, 2)
     drop = ("seconds", "tokens_per_second")
     assert [{k: v for k, v in row.items() if k not in drop} for row in read_metrics(again)] == \
         [{k: v for k, v in row.items() if k not in drop} for row in read_metrics(folder)]
