@@ -23,12 +23,12 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from flora.adapter import Adapters, all_layers, stack
+from flora.adapter import Adapters
 from flora.data.fetch import no_progress_bars
 from flora.errors import RunError
 from flora.files import safe_name, staged, write_text
 from flora.formats import save_peft
-from flora.group import leaves
+from flora.group import concatenated, leaves
 from flora.messages import Broadcast, Limits, Update, decode, encode
 from flora.nn import accumulated, residuals
 from flora.server import Server
@@ -148,8 +148,7 @@ class RunFolder:
                 save_peft(update.adapters, folder / "clients" / safe_name(update.client), base_model)
             parts = [part for part in (broadcast.merge, broadcast.start) if part]
             if parts:
-                aggregate = {layer: stack([part[layer] for part in parts if layer in part]) for layer in all_layers(parts)}
-                save_peft(aggregate, folder / "aggregate", base_model)
+                save_peft(concatenated(parts), folder / "aggregate", base_model)
             if broadcast.base:
                 write_text(folder / "dense.json", json.dumps(list(broadcast.base)))
             if broadcast.start:

@@ -56,8 +56,9 @@ class Cost:
     def bytes(self, members: Sequence[str], inner_rounds: int, depth: int) -> float:
         """Of all members, both ways, in all inner rounds, and over the backhaul."""
         group = self.group(members, inner_rounds, depth)
-        inner = math.fsum(work.bytes_down + work.bytes_up for work in group.members.values())
-        return inner_rounds * inner + group.bytes_down + group.bytes_up
+        inner = math.fsum(w.down(True) + (inner_rounds - 1) * w.bytes_down + inner_rounds * w.bytes_up
+                          for w in group.members.values())
+        return inner + group.bytes_down + group.bytes_up
 
     def depths(self, members: Sequence[str]) -> range:
         """What every member's memory holds."""

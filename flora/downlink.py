@@ -72,5 +72,3 @@ def _merged(weight: torch.Tensor, a: Adapter) -> torch.Tensor:
     out = weight.detach().clone()
     ops.merge_(out, a.A.to(out.device), a.B.to(out.device), a.scale.to(out.device))
     return out
-
-

@@ -59,16 +59,23 @@ class Device:
 
 @dataclass(frozen=True)
 class Work:
-    """A client's inner round: optimiser steps, blocks that train, blocks that only run forward, bytes of its messages."""
+    """A client's inner round: optimiser steps, blocks that train, blocks that only run forward, bytes of its messages.
+
+    first_down: bytes down before the first inner round, where it takes the broadcast of all groups (None: as before the others)."""
     steps: int
     depth: int
     bytes_down: float = 0
     bytes_up: float = 0
     frozen: int = 0
+    first_down: float | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.depth < 1 or min(self.bytes_down, self.bytes_up, self.frozen) < 0:
+        if self.steps < 0 or self.depth < 1 or min(self.bytes_down, self.bytes_up, self.frozen, self.first_down or 0) < 0:
             raise ConfigError(f"expected a depth of at least 1, and steps, bytes and frozen of at least 0; got {self}")
+
+    def down(self, first: bool) -> float:
+        """Bytes before the first inner round, or before a later one."""
+        return self.bytes_down if not first or self.first_down is None else self.first_down
 
 
 @dataclass(frozen=True)
@@ -125,9 +132,9 @@ def assign(clients: Sequence[str], found: Sequence[Device]) -> dict[str, Device]
     return dict(zip(clients, found, strict=True))
 
 
-def phases(kind: DeviceClass, work: Work) -> tuple[float, float, float]:
+def phases(kind: DeviceClass, work: Work, first: bool = False) -> tuple[float, float, float]:
     """Seconds of a device's download, training and upload in an inner round, without chance."""
-    return (8e-6 * work.bytes_down / kind.down_mbps,
+    return (8e-6 * work.down(first) / kind.down_mbps,
             work.steps * kind.seconds_per_layer_step * (work.depth + FORWARD * work.frozen), 8e-6 * work.bytes_up / kind.up_mbps)
 
 
@@ -156,8 +163,9 @@ class Fleet:
 
     def expected(self, group: GroupWork) -> float:
         """Seconds of a group's round without chance: the backhaul, and its slowest member in every inner round."""
-        slowest = max(sum(phases(self.kind(client), work)) for client, work in group.members.items())
-        return self.backhaul(group.bytes_down) + group.inner_rounds * slowest + self.backhaul(group.bytes_up)
+        first, later = (max(sum(phases(self.kind(client), work, one)) for client, work in group.members.items())
+                        for one in (True, False))
+        return self.backhaul(group.bytes_down) + first + (group.inner_rounds - 1) * later + self.backhaul(group.bytes_up)
 
     def round(self, number: int, groups: Mapping[str, GroupWork], deadline: float | None = None) -> Round:
         """The clock of a round. Raises ConfigError for a client in two groups or without a device, and for a deadline that nobody
@@ -191,7 +199,7 @@ class _Clock:
         self.fleet, self.groups = fleet, groups
         self.events: list[tuple[float, int, str, str, int]] = []
         self.states, self.lost, self.done = {}, {}, {}
-        self.phases: dict[str, tuple[float, float, float]] = {}
+        self.phases: dict[str, list[tuple[float, float, float]]] = {}     # of the first inner round, of each later one
         self.gone: dict[str, float] = {}                        # in inner rounds; inf where it stays
         self.spent = {client: Spent() for name in sorted(groups) for client in sorted(groups[name].members)}
         for name, group in groups.items():
@@ -201,8 +209,8 @@ class _Clock:
             for client, work in group.members.items():
                 kind, draw = fleet.kind(client), np.random.RandomState(derive(fleet.seed, "fleet", number, client) % 2**32)
                 train, link = np.exp(kind.jitter * draw.standard_normal(2))
-                down, steps, up = phases(kind, work)
-                self.phases[client] = (down * link, steps * train, up * link)
+                both = [phases(kind, work, first) for first in (True, False)]
+                self.phases[client] = [(down * link, steps * train, up * link) for down, steps, up in both]
                 leaves, when = draw.random_sample(2)
                 self.gone[client] = n * when if leaves >= kind.availability else math.inf
 
@@ -231,13 +239,14 @@ class _Clock:
                 self.spent[client].start = now
             share = self.gone[client] - state.inner             # of this inner round's work, when it vanishes
             event = (VANISHED, share) if share < 1 else (ARRIVED, 1.0)
-            heapq.heappush(self.events, (now + event[1] * sum(self.phases[client]), event[0], name, client, state.inner))
+            took = event[1] * sum(self.phases[client][min(1, state.inner)])
+            heapq.heappush(self.events, (now + took, event[0], name, client, state.inner))
         if state.limits[state.inner] < math.inf:
             heapq.heappush(self.events, (max(now, state.limits[state.inner]), LATE, name, "", state.inner))
 
     def stop(self, state: _State, client: str, now: float, what: int) -> None:
         """A member is back, or lost: what it has done since the inner round began is counted."""
-        down, train, up = self.phases[client]
+        down, train, up = self.phases[client][min(1, state.inner)]
         spent, worked = self.spent[client], now - state.began
         spent.train += min(max(worked - down, 0.0), train)
         spent.transfer += min(worked, down) + min(max(worked - down - train, 0.0), up)

@@ -19,6 +19,8 @@ class PartitionConfig(Strict):
     """Evenly, at random."""
     dirichlet_alpha: PositiveFloat | None = None
     """Skewed labels: each label's rows in proportions drawn from a Dirichlet."""
+    equal_sizes: bool = False
+    """With dirichlet_alpha: as many rows for every client, of labels in shares that it draws for itself."""
     shards: PositiveInt | None = None
     """Shards of rows sorted by label, so many a client."""
     label: str | None = None

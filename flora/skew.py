@@ -14,7 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from flora.config import RunConfig
-from flora.data import Partition, epoch_order, load_rows, load_tokenizer, partition, split, tokenize_rows
+from flora.data import load_rows, load_tokenizer, tokenize_rows
+from flora.engines.prepare import dealt
 from flora.errors import ConfigError
 from flora.grouping import Groups, Histograms, divergence, histograms, near_iid, report, token_histograms, total
 from flora.plots import COLOURS
@@ -44,12 +45,7 @@ def skew(config: RunConfig, num_groups: int | None = None, label: str | None = N
     Raises DataError, FetchError, ConfigError.
     """
     rows = load_rows(config.dataset)
-    rule = config.partition.model_dump(exclude_defaults=True) or {"iid": True}
-    dealt = partition(rows, config.num_clients, Partition(**rule), config.seed)
-    splits = split(rows, dealt, config.seed, config.eval_rows_per_client, config.server_eval_rows)
-    own = {name: [rows[indices[i]] for i in
-                  epoch_order(len(indices), config.seed, name, "kept")[:config.max_examples_per_client]]
-           for name, indices in splits.train.items()}
+    own = {name: [rows[i] for i in indices] for name, indices in dealt(config, rows).train.items()}
     label = label or config.partition.label
     if label is None and all(any(row.get("label") is not None for row in part) for part in own.values()):
         label = "label"

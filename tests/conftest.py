@@ -9,7 +9,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")                   # before a kernel is defined: they run on CPU tensors
 
-from flora import kernels
+from tiny import save_model, write_rows
+
+from flora import kernels, ops
 
 
 def pytest_report_header(config):
@@ -32,3 +34,22 @@ def seeded():
     torch.manual_seed(0)
     yield
     assert kernels._forced is None, "a test left a backend forced"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny model and rows that runs read, for all tests of a module."""
+    folder = tmp_path_factory.mktemp("runs")
+    save_model(folder / "model")
+    write_rows(folder / "rows.jsonl")
+    return folder
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of flora's operators in the order in which they were called."""
+    seen = []
+    for name in ("lora_linear", "lora_add_"):
+        run = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *a, _run=run, _name=name, **k: (seen.append(_name), _run(*a, **k))[1])
+    return seen

@@ -6,8 +6,6 @@ import torch
 from oracles import gpt2, llama, tokens
 from torch import nn
 
-from flora import ops
-
 peft = pytest.importorskip("peft", reason="peft is not installed: nothing of its layers or adapters was tested")
 MODELS = {"llama": llama, "gpt2": gpt2}
 LAYERS = {"llama": 14, "gpt2": 8}
@@ -62,16 +60,6 @@ def in_double(model):
 
 def layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The names of flora's operators in the order in which they were called."""
-    seen = []
-    for name in ("lora_linear", "lora_add_"):
-        run = getattr(ops, name)
-        monkeypatch.setattr(ops, name, lambda *a, _run=run, _name=name, **k: (seen.append(_name), _run(*a, **k))[1])
-    return seen
 
 
 class Doubled(nn.Linear):

@@ -62,6 +62,25 @@ def test_dirichlet_skew_grows_as_alpha_falls():
     assert skew(0.1) > 0.6 and abs(skew(1000) - 1 / 3) < 0.05
 
 
+def test_equal_sizes_skew_labels_alone():
+    rows = labelled(1600, 1500, 700)
+
+    def dealt(alpha, seed=0):
+        return data.partition(rows, 80, data.Partition(dirichlet_alpha=alpha, label="label", equal_sizes=True), seed)
+
+    def purity(clients):
+        counts = [Counter(rows[i]["label"] for i in indices) for indices in clients.values()]
+        return sum(max(count.values()) / sum(count.values()) for count in counts) / 80
+
+    for alpha in (1e-300, 0.1, 1e6):
+        clients = dealt(alpha)
+        assert sorted(i for indices in clients.values() for i in indices) == list(range(3800))
+        assert {len(indices) for indices in clients.values()} == {47, 48} and dealt(alpha) == clients != dealt(alpha, 1)
+    assert purity(dealt(0.1)) > 0.85 and abs(purity(dealt(1e6)) - 16 / 38) < 0.09
+    with pytest.raises(DataError, match="equal_sizes goes with dirichlet_alpha, iid came"):
+        data.Partition(iid=True, equal_sizes=True)
+
+
 def test_an_empty_partition_is_refused():
     with pytest.raises(DataError, match="without a row at dirichlet_alpha=1e-05.*raise dirichlet_alpha"):
         data.partition(labelled(20, 20), 5, data.Partition(dirichlet_alpha=1e-5, label="label"), 0)

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 import yaml
-from tiny import TARGETS, adapter, llama, same, save_model, tokenizer, write_rows
+from tiny import TARGETS, adapter, llama, same, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flora
@@ -19,14 +19,6 @@ from flora.report import read_metrics, summary
 
 RANKS = {"flora": [8, 4, 2, 1], "zeropad": [8, 4, 2, 1], "fedit": 4, "centralized": [8, 4, 2, 1], "standalone": [8, 4, 2, 1]}
 STRATEGIES = sorted(RANKS)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    save_model(folder / "model")
-    write_rows(folder / "rows.jsonl")
-    return folder
 
 
 def settings(place, name, strategy="flora", **changes):

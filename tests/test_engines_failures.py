@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from safetensors import SafetensorError
-from test_engines import folders_agree, of, place, settings
+from test_engines import folders_agree, of, settings
 from tiny import python
 
 import flora
@@ -17,8 +17,6 @@ from flora.engines.local import resume
 from flora.errors import ConfigError, RunError
 from flora.formats import load_peft
 from flora.report import Report, read_metrics
-
-__all__ = ["place"]                                             # the fixture
 
 
 def state(folder):

@@ -1,7 +1,7 @@
 """Groups and a fleet in whole runs: real training, simulated time."""
 import pytest
 import torch
-from test_engines import of, place, settings  # noqa: F401  a fixture of the module that all runs share
+from test_engines import of, settings
 from test_engines_options import stopped_and_resumed
 
 import flora
@@ -15,7 +15,7 @@ SLOW = {**FAST, "name": "slow", "seconds_per_layer_step": 10.0}
 FLEET = [FAST, SLOW]
 
 
-def one(place, name, strategy="flora", **changes):              # noqa: F811
+def one(place, name, strategy="flora", **changes):
     base = {"lora_r": 4, "lora_alpha": "2r", "num_rounds": 2, "max_steps": 2,
             "partition": {"dirichlet_alpha": 1.0, "label": "mood"}}
     return settings(place, name, strategy, **{**base, **changes})
@@ -25,7 +25,7 @@ def servers(folder):
     return of(read_metrics(folder), "server")
 
 
-def test_groups_of_one_inner_round_are_flat_flora(place):       # noqa: F811
+def test_groups_of_one_inner_round_are_flat_flora(place):
     flat = flora.run(one(place, "flat"))
     grouped = flora.run(one(place, "grouped", groups={"count": 2}))
     rows = of(read_metrics(grouped), "client")
@@ -38,7 +38,7 @@ def test_groups_of_one_inner_round_are_flat_flora(place):       # noqa: F811
     assert abs(servers(grouped)[-1]["eval_loss"] - servers(flat)[-1]["eval_loss"]) < 1e-4
 
 
-def test_inner_rounds_depth_and_rank_reach_the_groups(place):    # noqa: F811
+def test_inner_rounds_depth_and_rank_reach_the_groups(place):
     deep = flora.run(one(place, "deep", groups={"count": 2, "inner_rounds": 3, "depth": 1, "rank": 3, "by": "random"}))
     rows = of(read_metrics(deep), "client")
     assert all(row["inner_rounds"] == 3 and row["depth"] == 1 and row["steps"] == 2 * 3 * 2 for row in rows)
@@ -48,7 +48,7 @@ def test_inner_rounds_depth_and_rank_reach_the_groups(place):    # noqa: F811
     assert servers(deep)[-1]["eval_loss"] < servers(deep)[0]["eval_loss"]
 
 
-def test_every_strategy_is_judged_by_one_clock(place):          # noqa: F811
+def test_every_strategy_is_judged_by_one_clock(place):
     for strategy, up in (("flora", 4 * 4 * 2 * 96), ("fedit", 4 * 4 * 2 * 96), ("ffa", 4 * 4 * 2 * 40)):
         folder = flora.run(one(place, f"clock-{strategy}", strategy, fleet=FLEET))
         first = servers(folder)[1]
@@ -58,7 +58,7 @@ def test_every_strategy_is_judged_by_one_clock(place):          # noqa: F811
         assert servers(folder)[2]["simulated_total"] == pytest.approx(total)
 
 
-def test_who_is_late_does_not_train_and_is_named(place):         # noqa: F811
+def test_who_is_late_does_not_train_and_is_named(place):
     folder = flora.run(one(place, "late", fleet=FLEET, round_deadline=20.0))
     rows = read_metrics(folder)
     assert len(of(rows, "failure")) == 4 and {row["reason"] for row in of(rows, "failure")} == {"its device is late in this round"}
@@ -68,7 +68,7 @@ def test_who_is_late_does_not_train_and_is_named(place):         # noqa: F811
     assert "its device has vanished in this round" in reasons and len(servers(gone)) == 5
 
 
-def test_memory_bounds_ranks_and_names_who_is_left_out(place, capsys):          # noqa: F811
+def test_memory_bounds_ranks_and_names_who_is_left_out(place, capsys):
     fleet = [{**FAST, "memory_mb": 16 * 2 * 96 * 2 / 1e6}, {**SLOW, "count": 1, "memory_mb": 1e-3},
              {**SLOW, "name": "wide", "count": 1}]
     folder = flora.run(one(place, "memory", fleet=fleet, quiet=False))
@@ -77,7 +77,38 @@ def test_memory_bounds_ranks_and_names_who_is_left_out(place, capsys):          
     assert "is left out of the run: device-" in capsys.readouterr().err
 
 
-def test_the_chooser_keeps_the_deadline_and_resumes_as_it_was(place, monkeypatch):          # noqa: F811
+def test_ranks_that_memory_bounds_stay_as_they_are_after_a_resume(place, monkeypatch):
+    config = one(place, "bound", keep_rounds=2, fleet=[{**FAST, "memory_mb": 16 * 2 * 96 * 2 / 1e6}, SLOW])
+    folder = flora.run(config)
+    again = stopped_and_resumed(config, place / "bound-2", monkeypatch, 1)
+    ranks = [[(row["rank"], row["alpha"]) for row in of(read_metrics(path), "client")] for path in (folder, again)]
+    assert ranks[0] == ranks[1] and sorted(set(ranks[0])) == [(2, 4), (4, 8)]
+    for layer, a in load_peft(folder / "rounds" / "1" / "aggregate").items():
+        assert torch.equal(load_peft(again / "rounds" / "1" / "aggregate")[layer].delta(), a.delta())
+
+
+def test_members_take_the_broadcast_and_then_their_groups_stack(place):
+    base = {"fleet": [{**FAST, "count": 4, "seconds_per_layer_step": 1e-6}], "groups": {"count": 2, "inner_rounds": 3}}
+    for name, inner, rank in (("stacks", "flora", 8), ("averages", "flexlora", 4)):
+        folder = flora.run(one(place, f"inner-{name}", **{**base, "groups": {**base["groups"], "inner": inner}}))
+        received = max(row["bytes_down"] for row in of(read_metrics(folder), "client") if row["round"] == 1)
+        up = 4 * 4 * 2 * 96
+        expected = 8e-6 * (received + 2 * up * rank / 4 + 3 * up)
+        assert servers(folder)[2]["simulated_seconds"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_chooser_counts_the_backhaul(place):
+    config = one(place, "backhaul", num_rounds=3, fleet=FLEET, round_deadline=90.0, groups={"count": 2, "choose": True})
+    free = flora.run(config)
+    up = max(row["bytes_up"] for row in of(read_metrics(free), "client"))
+    folder = flora.run({**config, "output_dir": str(place / "backhaul-2"), "backhaul_mbps": 8e-6 * up / 25})
+    rows = read_metrics(folder)
+    assert all(row["simulated_seconds"] <= 90 for row in servers(folder)[1:]) and not of(rows, "failure")
+    inner = [[row["inner_rounds"] for row in of(read_metrics(path), "client")] for path in (free, folder)]
+    assert sum(inner[1]) < sum(inner[0])
+
+
+def test_the_chooser_keeps_the_deadline_and_resumes_as_it_was(place, monkeypatch):
     config = one(place, "choose", num_rounds=3, fleet=FLEET, round_deadline=90.0, groups={"count": 2, "choose": True})
     folder = flora.run(config)
     rows = of(read_metrics(folder), "client")
@@ -91,7 +122,7 @@ def test_the_chooser_keeps_the_deadline_and_resumes_as_it_was(place, monkeypatch
         assert torch.equal(load_peft(again / "rounds" / "2" / "aggregate")[layer].B, a.B)
 
 
-def test_tokens_are_grouped_where_there_are_no_labels(place):    # noqa: F811
+def test_tokens_are_grouped_where_there_are_no_labels(place):
     folder = flora.run(one(place, "tokens", partition={"by": "who"}, groups={"count": 2, "inner_rounds": 2}))
     assert len(of(read_metrics(folder), "client")) == 4
 
@@ -105,13 +136,13 @@ def test_tokens_are_grouped_where_there_are_no_labels(place):    # noqa: F811
     ({"groups": {"count": 2, "depth": 3}}, "depth of at most 2"),
     ({"fleet": [{**FAST, "count": 4}], "round_deadline": 0.1}, "deadline"),
     ({"fleet": [{**FAST, "count": 4, "memory_mb": 1e-3}]}, "memory for rank 1")])
-def test_groups_and_fleets_that_cannot_be_are_refused(place, changes, says):     # noqa: F811
+def test_groups_and_fleets_that_cannot_be_are_refused(place, changes, says):
     with pytest.raises(ConfigError, match=says):
         flora.run(one(place, "refused-groups", **changes, overwrite=True))
 
 
 @pytest.mark.parametrize("strategy", ["ffa", "rolora", "fedsb", "hetlora", "full", "fedit"])
-def test_strategies_that_cannot_aggregate_groups_say_so(place, strategy):        # noqa: F811
+def test_strategies_that_cannot_aggregate_groups_say_so(place, strategy):
     with pytest.raises(StrategyError, match="Aggregate groups by flora"):
         flora.run(one(place, "refused-strategy", strategy, groups={"count": 2}, overwrite=True))
 

@@ -2,7 +2,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_engines import of, place, settings
+from test_engines import of, settings
 from test_engines_failures import same_numbers, stop_at
 from transformers import AutoModelForCausalLM
 
@@ -14,7 +14,6 @@ from flora.evaluate import evaluate
 from flora.formats import load_peft
 from flora.report import read_metrics
 
-__all__ = ["place"]                                             # the fixture
 WAYS = {
     "residual": {"dtype": "bfloat16", "merge_residual": True}, "stochastic": {"dtype": "bfloat16", "merge_rounding": "stochastic"},
     "adapter": {"merge_into": "adapter"}, "compressed": {"merge_into": "adapter", "merge_rank": 4}}

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from test_engines import place, settings  # noqa: F401  a fixture of the module that all runs share
+from test_engines import settings
 
 import flora
 from flora.engines import local
@@ -14,7 +14,7 @@ MIXED = ("hetlora", "flexlora", "florist", "raflora", "full")
 
 
 @pytest.mark.parametrize("strategy", [*ONE_RANK, *MIXED])
-def test_a_run_of_each_method_learns(place, strategy):          # noqa: F811
+def test_a_run_of_each_method_learns(place, strategy):
     folder = flora.run({**settings(place, f"m-{strategy}", "zeropad"), "strategy": strategy,
                         "lora_r": [4] * 4 if strategy in ONE_RANK else [8, 4, 2, 1], "num_rounds": 3})
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -23,7 +23,7 @@ def test_a_run_of_each_method_learns(place, strategy):          # noqa: F811
     assert not [row for row in rows if row["kind"] == "failure"]
 
 
-def test_in_fedsa_every_client_goes_on_with_the_common_A_and_its_own_B(place, monkeypatch):      # noqa: F811
+def test_in_fedsa_every_client_goes_on_with_the_common_A_and_its_own_B(place, monkeypatch):
     """The start of each client in the second round; and no B in what the server was given."""
     fits, closed = [], []
     real_fit, real_close = local.Cohort.fit, local.Server.close

@@ -1,7 +1,7 @@
 """Keys of a run that choose how a method works: they reach server and clients, or are refused at the start."""
 import pytest
 import torch
-from test_engines import of, place, settings  # noqa: F401  a fixture of the module that all runs share
+from test_engines import of, settings
 
 import flora
 from flora.engines import local
@@ -14,7 +14,7 @@ NUMBERS = 16 + 16, 16 + 8, 24 + 16                              # in + out of q_
 LAYERS = 2
 
 
-def one(place, name, strategy, **changes):                      # noqa: F811
+def one(place, name, strategy, **changes):
     return settings(place, name, strategy, **{"lora_r": 4, "lora_alpha": "2r", "num_rounds": 2, "max_steps": 2, **changes})
 
 
@@ -51,7 +51,7 @@ def kilobytes(numbers):
     ("flora", 4 * sum(NUMBERS), 16 * sum(NUMBERS)),
     ("fedex", 4 * sum(NUMBERS), (16 + 4 + 4) * sum(NUMBERS)),
     ("full", 16 * 16 + 16 * 8 + 24 * 16, 16 * 16 + 16 * 8 + 24 * 16)])
-def test_bytes_are_those_of_the_published_table(place, strategy, up, down):      # noqa: F811
+def test_bytes_are_those_of_the_published_table(place, strategy, up, down):
     folder = flora.run(one(place, f"bytes-{strategy}", strategy))
     row, clients = server_rows(folder)[-1], of(read_metrics(folder), "client")
     head = 6_000                                                # JSON and scales of six layers
@@ -61,20 +61,20 @@ def test_bytes_are_those_of_the_published_table(place, strategy, up, down):     
     assert sum(c["bytes_down"] for c in clients if c["round"] == 1) == server_rows(folder)[1]["bytes_down"]
 
 
-def test_who_is_not_sampled_follows_the_base_but_needs_no_start(place):          # noqa: F811
+def test_who_is_not_sampled_follows_the_base_but_needs_no_start(place):
     rows = {name: server_rows(flora.run(one(place, f"sampled-{name}", name, fraction_train=0.5)))[1] for name in ("flora", "fedit")}
     assert kilobytes(8 * sum(NUMBERS)) * 4 <= rows["flora"]["bytes_down"]                # two clients' stack, to all four
     assert rows["fedit"]["bytes_down"] < 2 * kilobytes(4 * sum(NUMBERS)) + 12_000          # the average, to the next two
 
 
-def test_a_start_travels_cut_to_the_rank_of_who_gets_it(place):                  # noqa: F811
+def test_a_start_travels_cut_to_the_rank_of_who_gets_it(place):
     folder = flora.run(one(place, "cut", "zeropad", lora_r=[8, 4, 2, 1]))
     down = {c["client"]: c["bytes_down"] for c in of(read_metrics(folder), "client") if c["round"] == 1}
     for k, rank in enumerate((8, 4, 2, 1)):
         assert kilobytes(rank * sum(NUMBERS)) <= down[f"client-{k}"] <= kilobytes(rank * sum(NUMBERS)) + 6_000
 
 
-def test_no_round_begins_that_would_go_beyond_the_budget(place):                 # noqa: F811
+def test_no_round_begins_that_would_go_beyond_the_budget(place):
     free = server_rows(flora.run(one(place, "free", "flora", num_rounds=4)))
     each = free[1]["bytes_up"] + free[1]["bytes_down"]
     budget = (free[0]["bytes_down"] + 2.5 * each) / 1e6
@@ -86,7 +86,7 @@ def test_no_round_begins_that_would_go_beyond_the_budget(place):                
     assert '"rounds_done": 2' in (folder / "run.json").read_text()
 
 
-def test_what_is_not_evaluated_costs_nothing_and_the_last_round_always_is(place):          # noqa: F811
+def test_what_is_not_evaluated_costs_nothing_and_the_last_round_always_is(place):
     every = flora.run(one(place, "every-1", "flora", num_rounds=5))
     some = flora.run(one(place, "every-2", "flora", num_rounds=5, eval_every=2))
     rows = server_rows(some)
@@ -95,7 +95,7 @@ def test_what_is_not_evaluated_costs_nothing_and_the_last_round_always_is(place)
     assert len(summary(read_metrics(some))) == 2
 
 
-def test_starts_and_weights_reach_the_server(place, monkeypatch):                # noqa: F811
+def test_starts_and_weights_reach_the_server(place, monkeypatch):
     seen = []
     real = local.Server.close
 
@@ -117,7 +117,7 @@ def test_starts_and_weights_reach_the_server(place, monkeypatch):               
 
 
 @pytest.mark.parametrize("how", ["compressed", "threshold", "dense", "auto"])
-def test_every_downlink_ends_at_the_model_that_it_says(place, how):              # noqa: F811
+def test_every_downlink_ends_at_the_model_that_it_says(place, how):
     tol = {"downlink_tol": 0.05} if how == "threshold" else {}
     folder = flora.run(one(place, f"down-{how}", "flora", downlink=how, **tol))
     plain = flora.run(one(place, "down-stack", "flora", overwrite=True))
@@ -128,7 +128,7 @@ def test_every_downlink_ends_at_the_model_that_it_says(place, how):             
         assert rows[-1]["bytes_down"] < compared[-1]["bytes_down"]
 
 
-def test_hetlora_prunes_its_ranks_for_good_and_resume_remembers(place, monkeypatch):       # noqa: F811
+def test_hetlora_prunes_its_ranks_for_good_and_resume_remembers(place, monkeypatch):
     config = one(place, "het", "hetlora", lora_r=8, num_rounds=5, max_steps=8, rank_decay=0.5, rank_penalty=1.0,
                  learning_rate=3e-3)
     folder = flora.run(config)
@@ -139,7 +139,7 @@ def test_hetlora_prunes_its_ranks_for_good_and_resume_remembers(place, monkeypat
     assert server_rows(again)[-1]["eval_loss"] == server_rows(folder)[-1]["eval_loss"]
 
 
-def test_moments_that_are_kept_survive_an_interruption(place, monkeypatch):      # noqa: F811
+def test_moments_that_are_kept_survive_an_interruption(place, monkeypatch):
     config = one(place, "kept", "fedit", num_rounds=3, optimizer_state="keep", keep_rounds=3)
     kept, reset = flora.run(config), flora.run({**config, "output_dir": str(place / "reset"), "optimizer_state": "reset"})
     assert server_rows(kept)[1]["eval_loss"] == server_rows(reset)[1]["eval_loss"]
@@ -150,7 +150,7 @@ def test_moments_that_are_kept_survive_an_interruption(place, monkeypatch):     
 
 
 @pytest.mark.parametrize("strategy", ["flora", "zeropad", "flexlora", "florist", "raflora"])
-def test_adalora_prunes_by_layer_under_every_method_that_can_take_it(place, strategy):     # noqa: F811
+def test_adalora_prunes_by_layer_under_every_method_that_can_take_it(place, strategy):
     folder = flora.run(one(place, f"ada-{strategy}", strategy, lora_r=8, adalora=True, adalora_keep=0.5, max_steps=8))
     rows = of(read_metrics(folder), "client")
     assert {row["ranks"] for row in rows} == {8 * 6 // 2} and not of(read_metrics(folder), "failure")
@@ -176,7 +176,7 @@ def test_adalora_prunes_by_layer_under_every_method_that_can_take_it(place, stra
     ("full", {"downlink": "auto"}, ConfigError, "downlink: expected a strategy of adapters"),
     ("fedsb", {"adapter_dtype": "bfloat16"}, ConfigError, "adapter_dtype: expected float32 with fedsb"),
     ("nosuch", {}, StrategyError, "nosuch")])
-def test_what_the_strategy_would_refuse_is_refused_before_anybody_trains(place, monkeypatch, strategy, changes, error, says):   # noqa: F811
+def test_what_the_strategy_would_refuse_is_refused_before_anybody_trains(place, monkeypatch, strategy, changes, error, says):
     def never(*_, **__):
         raise AssertionError("trained")
 
@@ -185,7 +185,7 @@ def test_what_the_strategy_would_refuse_is_refused_before_anybody_trains(place, 
         flora.run(one(place, "refused", strategy, **changes, overwrite=True))
 
 
-def test_mixed_alpha_is_folded_where_that_is_asked(place):                       # noqa: F811
+def test_mixed_alpha_is_folded_where_that_is_asked(place):
     folder = flora.run(one(place, "folded", "fedit", lora_alpha=[8, 8, 8, 4], mixed_alpha="fold"))
     assert len(server_rows(folder)) == 3
 
@@ -204,7 +204,7 @@ def test_a_single_evaluation_may_stand_without_a_list():
     assert flora.config.parse({"evaluate": "labels"}).evaluate == ["labels"] and flora.config.parse({}).evaluate == "auto"
 
 
-def test_a_run_that_its_budget_stops_is_evaluated_where_it_stops(place):         # noqa: F811
+def test_a_run_that_its_budget_stops_is_evaluated_where_it_stops(place):
     free = server_rows(flora.run(one(place, "free-2", "flora", num_rounds=4)))
     each = free[1]["bytes_up"] + free[1]["bytes_down"]
     folder = flora.run(one(place, "stopped", "flora", num_rounds=4, eval_every=2,
@@ -214,7 +214,7 @@ def test_a_run_that_its_budget_stops_is_evaluated_where_it_stops(place):        
     assert rows[-1]["eval_loss"] == free[1]["eval_loss"] and rows[-1]["bytes_down"] == 0
 
 
-def test_a_round_in_which_all_fail_sends_nothing_again(place, monkeypatch):      # noqa: F811
+def test_a_round_in_which_all_fail_sends_nothing_again(place, monkeypatch):
     real = local.Cohort.fit
 
     def fit(self, sent, **options):
@@ -231,7 +231,7 @@ def test_a_round_in_which_all_fail_sends_nothing_again(place, monkeypatch):     
 
 
 @pytest.mark.parametrize("strategy", ["fedsb", "rolora", "full", "fedsvd"])
-def test_an_interrupted_run_of_any_method_ends_with_the_same_rows(place, monkeypatch, strategy):         # noqa: F811
+def test_an_interrupted_run_of_any_method_ends_with_the_same_rows(place, monkeypatch, strategy):
     config = one(place, f"whole-{strategy}", strategy, num_rounds=3)
     folder = flora.run(config)
     again = stopped_and_resumed(config, place / f"again-{strategy}", monkeypatch, 2)

@@ -45,6 +45,16 @@ def test_frozen_blocks_cost_half():
     assert phases(FAST, Work(4, 2, frozen=6)) == (0, 20, 0) and phases(SLOW, Work(4, 8)) == (0, 96, 0)
 
 
+def test_the_first_inner_round_takes_the_broadcast():
+    work = GroupWork({"a": Work(2, 3, 1e6, 2e6, first_down=9e6)}, 3)
+    plain = GroupWork({"a": Work(2, 3, 1e6, 2e6)}, 3)
+    more = phases(FAST, Work(0, 1, 9e6))[0] - phases(FAST, Work(0, 1, 1e6))[0]
+    first, later = (fleet(a=FAST).round(0, {"g": w}) for w in (work, plain))
+    assert first.seconds == pytest.approx(later.seconds + more) and first.clients["a"].transfer == pytest.approx(
+        later.clients["a"].transfer + more)
+    assert fleet(a=FAST).expected(work) == pytest.approx(first.seconds)
+
+
 def test_a_deadline_drops_the_late_and_the_group_goes_on():
     """Two inner rounds under 20 s: b (9 s) is back before 10 s, c (14 s) is not; then a and b are done at 10 + 9."""
     groups = {"g": GroupWork({"a": Work(1, 1, 1e6, 1e6), "b": Work(2, 1, 1e6, 1e6), "c": Work(12, 1, 1e6, 1e6)}, 2)}

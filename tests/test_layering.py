@@ -16,10 +16,10 @@ LAYERS = [
     ["strategies"], ["data"], ["packing"], ["losses"], ["evaluate"], ["scoring"], ["mmlu", "mt_bench"],
     ["grouping"], ["fleet"], ["capacity", "chooser"],
     ["client", "clock", "budget"], ["steps"], ["member"], ["loop"], ["cohort"], ["group"], ["stream"], ["server"],
-    ["checkpoint"], ["report"], ["spread"], ["tables", "plots"], ["skew"],
+    ["checkpoint"], ["report"], ["spread"], ["tables", "plots"],
     ["engines.scores"], ["engines.prepare"], ["engines.hierarchy"], ["engines.traffic"],
     ["engines.measure", "engines.plan"], ["engines.local", "engines.flower", "engines.nvflare"], ["engines"],
-    ["integrations"], ["doctor", "tuning", "shards", "comparison", "verification"], ["cli"]]
+    ["integrations"], ["doctor", "tuning", "shards", "comparison", "verification", "skew"], ["cli"]]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PACKAGES = ("strategies", "data", "integrations", "kernels.triton")     # their own files may import each other
 LIGHT = {"torch", "numpy", "safetensors", "flora"}

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from oracles import check, llama, relative, tokens
-from peft_models import LAYERS, MODELS, calls, config, in_double, layers, logits, model_of, passes, peft, trained  # noqa: F401
+from peft_models import LAYERS, MODELS, config, in_double, layers, logits, model_of, passes, peft, trained
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -26,7 +26,7 @@ def obey(actual, plain, exact, dtype):
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("upcast", [True, False], ids=["fp32 factors", "factors as the base"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_logits_and_gradients_are_pefts_by_the_error_rule(calls, kind, dtype, upcast):  # noqa: F811
+def test_logits_and_gradients_are_pefts_by_the_error_rule(calls, kind, dtype, upcast):
     model = model_of(MODELS[kind], dtype, upcast)
     exact, plain = passes(in_double(model)), passes(model)
     assert calls == []
@@ -57,7 +57,7 @@ def test_every_layer_alone_obeys_the_rule_to_the_gradient(kind, dtype, upcast):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_under_autocast_too(calls, dtype):  # noqa: F811
+def test_under_autocast_too(calls, dtype):
     model = model_of(llama, dtype)
     exact = passes(in_double(model))
     with torch.autocast("cpu", torch.bfloat16):
@@ -68,7 +68,7 @@ def test_under_autocast_too(calls, dtype):  # noqa: F811
 
 @pytest.mark.parametrize("changes", [{"use_rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 11}}],
                          ids=["rslora", "patterns"])
-def test_every_layer_has_its_own_rank_and_scaling(calls, changes):  # noqa: F811
+def test_every_layer_has_its_own_rank_and_scaling(calls, changes):
     model = model_of(llama, torch.float64, **changes)
     plain, actual = passes(model), passes(accelerate(model))
     assert len(calls) == LAYERS["llama"] and max(relative(actual[n], plain[n]) for n in plain) < 1e-6
@@ -78,7 +78,7 @@ def test_every_layer_has_its_own_rank_and_scaling(calls, changes):  # noqa: F811
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_dropout_draws_the_mask_that_peft_draws(calls, kind):  # noqa: F811
+def test_dropout_draws_the_mask_that_peft_draws(calls, kind):
     model = model_of(MODELS[kind], torch.float64, lora_dropout=0.4).train()
     plain, other = passes(model, seed=5), passes(model, seed=6)
     actual = passes(accelerate(model), seed=5)
@@ -134,7 +134,7 @@ def test_what_was_saved_goes_on_after_it_is_loaded(tmp_path):
     assert list(first) == list(second) and all(torch.equal(first[n], second[n]) for n in first)
 
 
-def test_copies_and_pickles_stay_accelerated(calls):  # noqa: F811
+def test_copies_and_pickles_stay_accelerated(calls):
     model = accelerate(model_of())
     expected, file = passes(model), io.BytesIO()
     torch.save(model, file)
@@ -176,7 +176,7 @@ def test_a_layer_that_ran_under_fake_tensors_runs_later():
     assert type(layer(x)) is torch.Tensor
 
 
-def test_what_autograd_functions_cannot_is_pefts(calls):  # noqa: F811
+def test_what_autograd_functions_cannot_is_pefts(calls):
     """Functorch, forward mode and the second derivative's error; a dtype that PEFT refuses stays refused."""
     layer = next(iter(layers(accelerate(model_of())).values()))
     x, plain = torch.randn(3, 16), copy.deepcopy(layer)

@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 from oracles import llama, relative, tokens
-from peft_models import Doubled, calls, config, fill, layers, logits, model_of, passes, peft  # noqa: F401
+from peft_models import Doubled, config, fill, layers, logits, model_of, passes
 from tiny import Int8Linear
 from torch import nn
 from torch.nn.utils import parametrize
@@ -29,7 +29,7 @@ def two_adapters():
     return fill(model, seed=2)
 
 
-def test_adapters_added_switched_and_deleted(calls):  # noqa: F811
+def test_adapters_added_switched_and_deleted(calls):
     model = two_adapters()
     first = same_as_peft(model)
     assert calls == ["lora_linear"] * EVERY
@@ -60,7 +60,7 @@ def test_an_adapter_for_new_layers_is_accelerated_when_asked():
     assert fallbacks(accelerate(model)) == {} and relative(same_as_peft(model), before) < 1e-6
 
 
-def test_disabled_merged_and_mixed(calls):  # noqa: F811
+def test_disabled_merged_and_mixed(calls):
     model = two_adapters()
     first, base = logits(model), logits(_base(model))
     calls.clear()
@@ -114,7 +114,7 @@ KINDS = {
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_not_plain_lora_trains_as_peft_trains_it(calls, kind):  # noqa: F811
+def test_what_is_not_plain_lora_trains_as_peft_trains_it(calls, kind):
     from oracles import gpt2
 
     changes, why = KINDS[kind]

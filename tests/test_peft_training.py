@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 from oracles import check, relative
-from peft_models import LAYERS, calls, fill, in_double, model_of, passes, trained  # noqa: F401
+from peft_models import LAYERS, fill, in_double, model_of, passes, trained
 from tiny import token_rows
 
 from flora.integrations.peft import accelerate, restore
@@ -37,7 +37,7 @@ def moved(after, before):
     return torch.cat([(after[name].double() - before[name].double()).flatten() for name in before])
 
 
-def test_the_trainer_gives_pefts_adapters(tmp_path, calls):  # noqa: F811
+def test_the_trainer_gives_pefts_adapters(tmp_path, calls):
     model = model_of()
     before, found = adapter_of(model), []
     for one in (accelerate(copy.deepcopy(model)), model, in_double(model)):
@@ -51,7 +51,7 @@ def test_the_trainer_gives_pefts_adapters(tmp_path, calls):  # noqa: F811
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_checkpointed_activations_give_the_same_gradients(calls, reentrant, dropout):  # noqa: F811
+def test_checkpointed_activations_give_the_same_gradients(calls, reentrant, dropout):
     model = model_of(dtype=torch.float64, lora_dropout=dropout).train()
     plain = passes(model)
     accelerate(model).gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -61,7 +61,7 @@ def test_checkpointed_activations_give_the_same_gradients(calls, reentrant, drop
     assert max(relative(actual[name], plain[name]) for name in plain) < 1e-6
 
 
-def test_the_trainer_checkpoints_and_resumes(tmp_path, calls):  # noqa: F811
+def test_the_trainer_checkpoints_and_resumes(tmp_path, calls):
     options = {"save_strategy": "steps", "save_steps": 2, "gradient_checkpointing": True, "optim": "adamw_torch"}
     whole = accelerate(model_of(lora_dropout=0.2))
     trainer(whole, tmp_path / "whole", 4, **options).train()
@@ -73,7 +73,7 @@ def test_the_trainer_checkpoints_and_resumes(tmp_path, calls):  # noqa: F811
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_accelerates_loop_in_bf16(calls):  # noqa: F811
+def test_accelerates_loop_in_bf16(calls):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
@@ -94,7 +94,7 @@ def test_accelerates_loop_in_bf16(calls):  # noqa: F811
     assert calls == ["lora_linear"] * 3 * LAYERS["llama"] and relative(*results) < 0.05 and float(results[0].norm()) > 0.05
 
 
-def test_an_optimizer_made_before_goes_on(calls):  # noqa: F811
+def test_an_optimizer_made_before_goes_on(calls):
     model = model_of(dtype=torch.float64)
     twin = copy.deepcopy(model)
     for one, switch in ((model, True), (twin, False)):

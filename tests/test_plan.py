@@ -1,6 +1,6 @@
 """A dry run: what it says of clients and bytes is what the run then does."""
 import pytest
-from test_engines import of, place, settings  # noqa: F401  a fixture of the module that all runs share
+from test_engines import of, settings
 from tiny import ROOT
 
 import flora
@@ -14,7 +14,7 @@ from flora.strategies import STRATEGIES
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "warm", "auto"])
-def test_a_plan_counts_the_bytes_of_the_run(place, strategy):                    # noqa: F811
+def test_a_plan_counts_the_bytes_of_the_run(place, strategy):
     changes = {"warm": {"start": "warm"}, "auto": {"downlink": "auto"}}.get(strategy, {})
     config = {**settings(place, f"plan-{strategy}", "flora"), "strategy": strategy if strategy in STRATEGIES else "flora",
               "lora_r": 4, "lora_alpha": "2r", "max_steps": 1, **changes}
@@ -43,7 +43,7 @@ def test_the_communication_figure(strategy, up, down):
         assert have / whole == pytest.approx(shares.get(want, want), rel=0.02, abs=0.002)
 
 
-def test_a_plan_has_the_clients_of_the_run(place):                               # noqa: F811
+def test_a_plan_has_the_clients_of_the_run(place):
     config = settings(place, "plan-clients", "zeropad", max_steps=None, num_train_epochs=2)
     found, rows = plan(parse(config)), of(read_metrics(flora.run(config)), "client")
     for client, row in zip(found.clients, rows, strict=False):
@@ -69,7 +69,7 @@ def test_the_published_settings_resolve_without_weights_and_without_a_hub(capsys
     assert "1,100 million parameters" in out and "client-9" in out and "MB up" in out
 
 
-def test_a_plan_refuses_what_the_run_would(place):                               # noqa: F811
+def test_a_plan_refuses_what_the_run_would(place):
     config = settings(place, "plan-bad", "fedit")
     for changes, error in (({"lora_r": [4, 4, 4, 2]}, StrategyError), ({"start": "warm"}, ConfigError),
                            ({"model_name_or_path": "nobody/knows-this"}, DataError), ({"dataset": "./no.jsonl"}, DataError)):
@@ -78,7 +78,7 @@ def test_a_plan_refuses_what_the_run_would(place):                              
     assert set(ARCHITECTURES)
 
 
-def test_a_budget_that_is_too_small_is_said(place, capsys):                      # noqa: F811
+def test_a_budget_that_is_too_small_is_said(place, capsys):
     from flora.engines.plan import show
     config = parse(settings(place, "plan-budget", "flora", communication_budget_mb=0.01))
     show(config, plan(config))

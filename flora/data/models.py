@@ -59,24 +59,22 @@ def load_model(
         try:
             if num_hidden_layers is None:
                 return AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
-            config = AutoConfig.from_pretrained(where)
-            if config.num_hidden_layers < num_hidden_layers:
-                raise ValueError(f"expected at least {num_hidden_layers} blocks; it has {config.num_hidden_layers}")
+            config = shortened(AutoConfig.from_pretrained(where), num_hidden_layers)
             level = logging.get_verbosity()
             logging.set_verbosity_error()                       # the blocks left out are no surprise
             try:
-                return AutoModelForCausalLM.from_pretrained(
-                    where, config=_shortened(config, num_hidden_layers), dtype=dtype
-                )
+                return AutoModelForCausalLM.from_pretrained(where, config=config, dtype=dtype)
             finally:
                 logging.set_verbosity(level)
         except Exception as error:  # the readers below raise a dozen classes for one fact: not a readable model
             raise DataError(_unreadable("model", name_or_path, error)) from error
 
 
-def _shortened(config: "PreTrainedConfig", blocks: int) -> "PreTrainedConfig":
-    """Return the config of the first `blocks` blocks: lists with an entry a block are cut too."""
+def shortened(config: "PreTrainedConfig", blocks: int) -> "PreTrainedConfig":
+    """Return the config of the first `blocks` blocks: lists with an entry a block are cut too. Raises ValueError for fewer."""
     before = config.num_hidden_layers
+    if before < blocks:
+        raise ValueError(f"expected at least {blocks} blocks; it has {before}")
     for name, value in config.to_dict().items():
         if isinstance(value, list) and len(value) == before:
             setattr(config, name, value[:blocks])

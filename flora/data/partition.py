@@ -19,8 +19,10 @@ class Partition:
     """A rule, exactly one of four: `by` a column, `iid`, `dirichlet_alpha` or `shards`; the last two need `label`.
 
     by="sender": one client per value of the column, those with the most rows. iid: evenly, at random.
-    dirichlet_alpha: each label's rows are dealt in proportions drawn from a Dirichlet (Hsu et al., arXiv 1909.06335);
-    small is skewed. shards: rows sorted by label, cut, that many shards a client (McMahan et al., arXiv 1602.05629).
+    dirichlet_alpha: each label's rows are dealt in proportions drawn from a symmetric Dirichlet over the clients, whose
+    sizes so differ too (Yurochkin et al., arXiv 1905.12022); small is skewed. With equal_sizes every client has as many
+    rows, and draws its own labels' shares from Dirichlet(alpha * shares of all) (Hsu et al., arXiv 1909.06335).
+    shards: rows sorted by label, cut, that many shards a client (McMahan et al., arXiv 1602.05629).
     """
 
     by: str | None = None
@@ -28,6 +30,7 @@ class Partition:
     dirichlet_alpha: float | None = None
     label: str | None = None
     shards: int | None = None
+    equal_sizes: bool = False
 
     def __post_init__(self) -> None:
         rules = ("by", "iid", "dirichlet_alpha", "shards")
@@ -41,6 +44,8 @@ class Partition:
             raise DataError(f"the rule {given[0]} needs label: the column whose values are to be skewed")
         if self.dirichlet_alpha is not None and not 0 < self.dirichlet_alpha < math.inf:
             raise DataError(f"dirichlet_alpha should be above 0 and finite, it is {self.dirichlet_alpha}")
+        if self.equal_sizes and self.dirichlet_alpha is None:
+            raise DataError(f"equal_sizes goes with dirichlet_alpha, {given[0]} came; the other rules need it not: leave it out")
         if self.shards is not None and self.shards < 1:
             raise DataError(f"shards should be at least 1, it is {self.shards}")
 
@@ -63,7 +68,8 @@ def partition(rows: Sequence[Row], num_clients: int, spec: Partition, seed: int)
     if spec.iid:
         dealt = [part.tolist() for part in np.array_split(draw.permutation(len(rows)), num_clients)]
     elif spec.dirichlet_alpha is not None:
-        dealt = _dirichlet(_labels(rows, spec.label), num_clients, spec.dirichlet_alpha, draw)
+        deal = _own_shares if spec.equal_sizes else _dirichlet
+        dealt = deal(_labels(rows, spec.label), num_clients, spec.dirichlet_alpha, draw)
     else:
         dealt = _shards(_labels(rows, spec.label), num_clients, spec.shards or 1, draw)
     width = len(str(num_clients - 1))
@@ -98,8 +104,8 @@ def _dirichlet(labels: list[str], num_clients: int, alpha: float, draw: np.rando
             return dealt
     raise DataError(
         f"the partition leaves {sum(not part for part in dealt)} of {num_clients} clients without a row at "
-        f"dirichlet_alpha={alpha}, in each of {_DRAWS} draws; raise dirichlet_alpha, lower num_clients or load "
-        f"more rows"
+        f"dirichlet_alpha={alpha}, in each of {_DRAWS} draws; raise dirichlet_alpha, lower num_clients, load more "
+        f"rows, or set equal_sizes"
     )
 
 
@@ -109,6 +115,26 @@ def _cuts(size: int, num_clients: int, alpha: float, draw: np.random.RandomState
     if share.sum() == 0:  # a tiny alpha underflows; its limit is one client that takes all
         share[draw.randint(num_clients)] = 1
     return np.rint(np.cumsum(share / share.sum())[:-1] * size).astype(int)
+
+
+def _own_shares(labels: list[str], num_clients: int, alpha: float, draw: np.random.RandomState) -> list[list[int]]:
+    """Give every client as many rows, of labels in shares of its own; who comes when a label is used up gets others."""
+    names = sorted(set(labels))
+    pools = [draw.permutation([i for i, value in enumerate(labels) if value == name]).tolist() for name in names]
+    base = alpha * np.array([len(pool) for pool in pools]) / len(labels)
+    dealt: list[list[int]] = [[] for _ in range(num_clients)]
+    for turn, k in enumerate(draw.permutation(num_clients)):
+        share = draw.standard_gamma(base)
+        room = len(labels) // num_clients + (turn < len(labels) % num_clients)
+        while room:
+            left = np.array([len(pool) for pool in pools])
+            weight = np.where(left > 0, share, 0.0)
+            weight = weight if weight.sum() > 0 else left       # none of its labels is left, or a tiny alpha underflows
+            counts = np.minimum(draw.multinomial(room, weight / weight.sum()), left)
+            for pool, count in zip(pools, counts.tolist(), strict=True):
+                dealt[k] += [pool.pop() for _ in range(count)]
+            room -= int(counts.sum())
+    return dealt
 
 
 def _shards(labels: list[str], num_clients: int, shards: int, draw: np.random.RandomState) -> list[list[int]]:

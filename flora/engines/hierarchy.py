@@ -5,6 +5,7 @@ loses; those do not train. Without groups all clients are one group of one inner
 """
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 from flora.capacity import Memory, blocks, most_depth, ranks
@@ -13,7 +14,7 @@ from flora.client import LocalClient
 from flora.config import RunConfig
 from flora.errors import ConfigError
 from flora.fleet import DeviceClass, Fleet, GroupWork, Round, Work, assign, devices
-from flora.group import Group, leaves
+from flora.group import Group
 from flora.grouping import Histograms, near_iid, random_groups, similar_together
 from flora.targets import layer_index
 
@@ -40,13 +41,15 @@ class Hierarchy:
         own = self.config.groups
         return self._groups(dict.fromkeys(self.members, (own.inner_rounds, own.depth))) if own else list(self.clients.values())
 
-    def parties(self) -> list[Party]:
-        """Who is due in the next round: everybody, or the groups that fit, with the inner rounds and depths that are chosen."""
+    def parties(self, received: Mapping[str, int] | None = None) -> list[Party]:
+        """Who is due in the next round: everybody, or the groups that fit, with the inner rounds and depths that are chosen.
+
+        received: bytes down by party, as `clock` will count them."""
         if not self.members or not self.config.groups.choose:
             return self.everybody()
         own = self.config.groups
         budget = Budget(self.config.round_deadline, own.bytes_mb and 1e6 * own.bytes_mb)
-        return self._groups(choose(self.members, self._cost(), budget, self.benefit))
+        return self._groups(choose(self.members, self._cost(received or {}), budget, self.benefit))
 
     def _groups(self, chosen: Mapping[str, tuple[int, int | None]]) -> list[Party]:
         own = self.config.groups
@@ -87,31 +90,54 @@ class Hierarchy:
         return sum(out * ("B" in train) + inn * ("A" in train) for name, (out, inn) in self.shapes.items()
                    if top is None or layer_index(name) in top)
 
-    def _work(self, client: str, depth: int | None, down: float, train: str = "AB") -> Work:
+    def _work(self, client: str, depth: int | None, down: float, train: str = "AB", first: float | None = None) -> Work:
         every, rank = len(blocks(self.shapes)), self.clients[client].rank
         width = BYTES[self.config.adapter_dtype]
         up = {"core": rank * rank * len(self.shapes), "weight": sum(o * i for o, i in self.shapes.values())}.get(
             train, rank * self._numbers(depth, train))
-        return Work(self.steps[client], depth or every, down, width * up, every - (depth or every))
+        return Work(self.steps[client], depth or every, down, width * up, every - (depth or every), first)
+
+    def _inside(self, names: Sequence[str], depth: int | None, received: float) -> dict[str, Work]:
+        """Every member's inner round: before the first it takes the broadcast, before a later one what its group has made (the
+        stack of all, or its own rank of an average). It sends its adapters."""
+        width = BYTES[self.config.adapter_dtype] * self._numbers(depth)
+        stack = sum(self.clients[name].rank for name in names)
+        return {name: self._work(name, depth, width * (stack if self._stacks else self.clients[name].rank), first=received)
+                for name in names}
+
+    @property
+    def _stacks(self) -> bool:
+        """Whether groups go on from stacks (florist's is cut: counted as if whole); else from factors of the clients' ranks."""
+        return self.config.groups.inner in ("flora", "florist")
+
+    def _answer(self, names: Sequence[str], inner_rounds: int, depth: int | None) -> int:
+        """Bytes of what a group of these sends the server."""
+        ranks = [self.clients[name].rank for name in names]
+        rank = self.config.groups.rank or (inner_rounds * sum(ranks) if self._stacks else max(ranks))
+        return BYTES[self.config.adapter_dtype] * self._numbers(depth) * rank
 
     def _group(self, group: Group, received: float) -> GroupWork:
-        """Members take the stack of the last inner round and send their own adapters; the group's own link is the backhaul."""
-        width = BYTES[self.config.adapter_dtype] * self._numbers(group.depth)
-        stack = width * sum(client.rank for client in group.clients)
-        rank = group.rank and width * group.rank
-        return GroupWork({c.name: self._work(c.name, group.depth, stack) for c in group.clients}, group.inner_rounds, received,
-                         rank or group.inner_rounds * stack)
+        """The group's own messages cross the backhaul."""
+        names = [client.name for client in group.clients]
+        return GroupWork(self._inside(names, group.depth, received), group.inner_rounds, received,
+                         self._answer(names, group.inner_rounds, group.depth))
 
-    def _cost(self) -> Cost:
-        width = BYTES[self.config.adapter_dtype]
+    def _cost(self, received: Mapping[str, int]) -> Cost:
+        home = {client: group for group, names in self.members.items() for client in names}
+
+        @cache
+        def inside(group: str, depth: int) -> dict[str, Work]:
+            return self._inside(self.members[group], depth, received.get(group, 0))
 
         def work(client: str, depth: int) -> Work:
-            mates = next(names for names in self.members.values() if client in names)
-            return self._work(client, depth, width * self._numbers(depth) * sum(self.clients[c].rank for c in mates))
+            return inside(home[client], depth)[client]
+
+        def backhaul(names: Sequence[str], inner_rounds: int, depth: int) -> tuple[float, float]:
+            return received.get(home[names[0]], 0), self._answer(names, inner_rounds, depth)
 
         memory, every = _memory(self.config), len(blocks(self.shapes))
         fits = {c: most_depth(self.fleet.devices[c], self.shapes, self.clients[c].rank, memory) for c in self.clients}
-        return Cost(self.fleet, work, every, fits)
+        return Cost(self.fleet, work, every, fits, backhaul)
 
 
 def _memory(config: RunConfig) -> Memory:
@@ -146,11 +172,6 @@ def hierarchy_of(config: RunConfig, shapes: Shapes, clients: Sequence[LocalClien
         groups = {f"group-{i}": names for i, names in enumerate(made)}
     benefit = Benefit(len(blocks(shapes))) if own and own.choose else None
     return Hierarchy(config, shapes, held, groups, steps, fleet, out, benefit)
-
-
-def clients_of(parties: Sequence[Party]) -> list[LocalClient]:
-    """All clients among these, those of groups too."""
-    return leaves(parties)
 
 
 def clock_row(found: Round | None, before: float) -> dict[str, Any]:

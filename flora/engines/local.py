@@ -33,6 +33,8 @@ from flora.server import Server, first_broadcast
 from flora.strategies import leave_home
 from flora.versions import bring_to, resume_at, write_into
 
+LOST = {"vanished": "its device has vanished in this round", "late": "its device is late in this round"}
+
 
 def run(config: RunConfig | Mapping[str, Any] | str | Path, resume: bool = False) -> Path:
     """Runs a federated fine-tuning and returns its folder.
@@ -121,7 +123,7 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
             return number
         measured = (number + 1) % config.eval_every == 0 or number + 1 == config.num_rounds
         sent, own = server.broadcast, views_at_home(server, state.home)
-        server.clients = tree.parties() if tree.members else server.clients
+        server.clients = tree.parties(traffic.received) if tree.members else server.clients
         due, clock = tree.clock(number, server.sample(number), traffic.received, sent.train)
         parties = [party if isinstance(party, Group) else replace(party, start=own.get(party.name)) for party in due]
         clients = leaves(parties)
@@ -148,8 +150,7 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
             row = client_row(number, client, update, *both)
             tree.observe([row])
             report.add(row | {"bytes_up": up.get(client.name, 0), "bytes_down": traffic.received.get(client.name, 0)})
-        lost = {name: f"its device {how} in this round" for name, how in (clock.lost if clock else {}).items()}
-        lost = {name: reason.replace("vanished", "has vanished").replace("late", "is late") for name, reason in lost.items()}
+        lost = {name: LOST[how] for name, how in (clock.lost if clock else {}).items()}
         for name, reason in {**lost, **cohort.failures}.items():
             report.add({"kind": "failure", "round": number, "client": name, "reason": reason})
             report.say(f"round {number}: {name} is left out: {reason}")
@@ -198,13 +199,13 @@ def dense_weights(job: Job, server: Server) -> Mapping[str, Tensor] | None:
 
 def new_hierarchy(config: RunConfig, job: Job, resumed: Resumed | None) -> Hierarchy:
     """The groups and the fleet of this run, without either: its clients as they are."""
-    clients = job.clients
-    if resumed:
-        clients = [replace(client, rank=resumed.ranks.get(client.name, client.rank)) for client in clients]
     shapes, own = target_shapes(job.model, config.target_modules), job.train_config
     steps = {c.name: own.max_steps or math.ceil(own.num_train_epochs * steps_per_epoch(
-        len(c.rows), own.per_device_train_batch_size, own.gradient_accumulation_steps)) for c in clients}
-    return hierarchy_of(config, shapes, clients, job.histograms, steps)
+        len(c.rows), own.per_device_train_batch_size, own.gradient_accumulation_steps)) for c in job.clients}
+    tree = hierarchy_of(config, shapes, job.clients, job.histograms, steps)
+    if resumed:                                                 # HetLoRA's clients prune their ranks; alpha stays as it began
+        tree.clients = {n: replace(c, rank=min(c.rank, resumed.ranks.get(n, c.rank))) for n, c in tree.clients.items()}
+    return tree
 
 
 def new_server(config: RunConfig, job: Job, resumed: Resumed | None, tree: Hierarchy) -> Server:

@@ -17,12 +17,12 @@ from rich.table import Table
 from flora.adapter import Adapter, truncate
 from flora.client import LocalClient
 from flora.config import RunConfig
-from flora.data import Partition, load_rows, partition
+from flora.data import load_rows
 from flora.data.batches import steps_per_epoch
 from flora.data.known import ARCHITECTURES, ROWS
-from flora.data.models import resolve_model
+from flora.data.models import resolve_model, shortened
 from flora.downlink import Downlink
-from flora.engines.prepare import POOLED, rehearse
+from flora.engines.prepare import POOLED, dealt, device_and_dtype, rehearse
 from flora.engines.traffic import Traffic
 from flora.errors import DataError
 from flora.frames import frame
@@ -62,24 +62,26 @@ def outline(config: RunConfig) -> "PreTrainedModel":
     else:
         try:
             own = AutoConfig.from_pretrained(where)
-        except Exception as error:
+        except Exception as error:                              # transformers raises a dozen classes for one fact
             raise DataError(f"model {config.model_name_or_path}: expected a config.json that can be read; got "
                             f"{type(error).__name__}: {str(error).splitlines()[0]}. Known without one: {', '.join(ARCHITECTURES)}."
                             ) from error
     if config.num_hidden_layers is not None:
-        own.num_hidden_layers = config.num_hidden_layers
+        try:
+            own = shortened(own, config.num_hidden_layers)
+        except ValueError as error:
+            raise DataError(f"model {config.model_name_or_path}: {error}") from error
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(own)
 
 
 def _rows(config: RunConfig) -> dict[str, int]:
-    """Training and held-out rows together of every client, by name."""
-    rule = config.partition.model_dump(exclude_defaults=True) or {"iid": True}
-    if config.dataset in ROWS and rule == {"iid": True}:
-        rows: Sequence[Mapping[str, Any]] = [{}] * ROWS[config.dataset]
-    else:
-        rows = load_rows(config.dataset)
-    return {name: len(own) for name, own in partition(rows, config.num_clients, Partition(**rule), config.seed).items()}
+    """Training rows of every client, by name: exact, but for data sets of the hub that are known by their number of rows alone,
+    where no row reads like another."""
+    known = config.dataset in ROWS and config.partition.model_dump(exclude_defaults=True) in ({}, {"iid": True})
+    rows: Sequence[Mapping[str, Any]]
+    rows = [{"prompt": i, "completion": ""} for i in range(ROWS[config.dataset])] if known else load_rows(config.dataset)
+    return {name: len(own) for name, own in dealt(config, rows).train.items()}
 
 
 def plan(config: RunConfig, rounds: int = 2) -> Plan:
@@ -88,12 +90,8 @@ def plan(config: RunConfig, rounds: int = 2) -> Plan:
     model = outline(config)
     shapes = target_shapes(model, config.target_modules)
     counts = _rows(config)
-    share = min(config.server_eval_rows, sum(counts.values()) // 5) / sum(counts.values())       # the server's held-out rows
-    clients = []
-    for (name, held), rank, alpha in zip(counts.items(), config.ranks(), config.alphas(), strict=True):
-        held -= round(share * held)
-        kept = max(1, min(held - min(config.eval_rows_per_client, held // 5), config.max_examples_per_client or held))
-        clients.append({"client": name, "rows": kept, "rank": rank, "alpha": alpha, "steps": config.max_steps})
+    clients = [{"client": name, "rows": kept, "rank": rank, "alpha": alpha, "steps": config.max_steps}
+               for (name, kept), rank, alpha in zip(counts.items(), config.ranks(), config.alphas(), strict=True)]
     if strategy_named(config.strategy).pooled:
         times = max(1, round(config.fraction_train * config.num_clients))
         clients = [{**max(clients, key=lambda c: c["rank"]), "client": POOLED, "rows": sum(c["rows"] for c in clients),
@@ -104,7 +102,7 @@ def plan(config: RunConfig, rounds: int = 2) -> Plan:
     parties = [LocalClient(c["client"], [{}] * c["rows"], c["rank"], c["alpha"]) for c in clients]
     up, down, first = _whole(config, shapes, parties, rounds)
     parameters = sum(p.numel() for p in model.parameters())
-    return Plan(parameters, shapes, clients, up, down, first, _dtype(config).itemsize * parameters)
+    return Plan(parameters, shapes, clients, up, down, first, device_and_dtype(config)[1].itemsize * parameters)
 
 
 def bytes_of_a_round(config: RunConfig, shapes: Shapes, parties: Sequence[LocalClient | Group]) -> int:
@@ -118,12 +116,6 @@ def _as_client(group: Group) -> LocalClient:
     """A client whose adapters are as large as a group's answer."""
     rank = group.rank or group.inner_rounds * sum(client.rank for client in group.clients)
     return replace(group.clients[0], name=group.name, rank=rank)
-
-
-def _dtype(config: RunConfig) -> torch.dtype:
-    """Of the base."""
-    auto = "bfloat16" if torch.cuda.is_available() and config.device != "cpu" else "float32"
-    return getattr(torch, auto if config.dtype == "auto" else config.dtype)
 
 
 def _whole(config: RunConfig, shapes: Shapes, parties: Sequence[LocalClient], rounds: int) -> tuple[list[int], list[int], int]:
@@ -146,7 +138,8 @@ def _bytes(config: RunConfig, shapes: Shapes, parties: Sequence[LocalClient],
                     downlink=Downlink(config.downlink, config.downlink_tol), shapes=shapes)
     server.rehearse()
     traffic, draw = Traffic(), torch.Generator().manual_seed(config.seed)
-    base = {n: torch.zeros(shape, dtype=_dtype(config)) for n, shape in shapes.items()} if config.merge_into == "base" else None
+    dtype = device_and_dtype(config)[1]
+    base = {n: torch.zeros(shape, dtype=dtype) for n, shape in shapes.items()} if config.merge_into == "base" else None
     first = sum(traffic.down(server, server.sample(0)).values())
     up, down = [], []
     for number in range(rounds):
@@ -166,7 +159,7 @@ def _trained(client: LocalClient, sent: Broadcast, shapes: Shapes, config: RunCo
 
     adapters, metrics = {}, {"tokens": 1}
     if sent.train == "weight":
-        weights = {n: noise(*shape).to(_dtype(config)) for n, shape in shapes.items()}
+        weights = {n: noise(*shape).to(device_and_dtype(config)[1]) for n, shape in shapes.items()}
         return Update({}, len(client.rows), metrics, sent.version, client.name, weights)
     for name, a in starting_adapters(client, sent.start, shapes, config.seed, sent.version).items():
         a = a.to(getattr(torch, config.adapter_dtype))

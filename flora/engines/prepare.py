@@ -1,8 +1,8 @@
 """From a config to what a run needs: the model, and every client's rows as token ids, with their held-out splits."""
 import logging
 import platform
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import torch
 from flora import kernels
 from flora.client import LocalClient, TrainConfig
 from flora.config import RunConfig
-from flora.data import Partition, epoch_order, load_model, load_rows, load_tokenizer, partition, split, tokenize_rows
+from flora.data import Partition, Splits, epoch_order, load_model, load_rows, load_tokenizer, partition, split, tokenize_rows
 from flora.downlink import Downlink
 from flora.engines.scores import Scores, scores_of
 from flora.errors import ConfigError, DataError
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+Row = Mapping[str, Any]
 Rows = list[dict[str, list[int]]]
 POOLED = "everyone"
 
@@ -132,6 +133,26 @@ def _pruning(config: RunConfig) -> dict[str, float]:
             "rank_penalty": 5e-3 if config.rank_penalty is None else config.rank_penalty}
 
 
+def dealt(config: RunConfig, rows: Sequence[Row]) -> Splits:
+    """Which rows each client trains on (max_examples_per_client of them at most) and holds out, and which the server holds out.
+
+    Raises DataError where a client or the server would have none.
+    """
+    rule = config.partition.model_dump(exclude_defaults=True) or {"iid": True}
+    members = partition(rows, config.num_clients, Partition(**rule), config.seed)
+    splits = split(rows, members, config.seed, config.eval_rows_per_client, config.server_eval_rows)
+    empty = [name for name, indices in splits.train.items() if not indices]
+    if empty:
+        raise DataError(f"expected training rows for every client; after the held-out rows, got none for {', '.join(empty)}. "
+                        "Lower num_clients, server_eval_rows or eval_rows_per_client, or bring more rows.")
+    if not splits.server:
+        raise DataError(f"expected held-out rows for the server; got none out of {len(rows)} rows. Raise server_eval_rows, or "
+                        "bring more rows.")
+    kept = {name: epoch_order(len(indices), config.seed, name, "kept")[:config.max_examples_per_client]
+            for name, indices in splits.train.items()}
+    return replace(splits, train={name: sorted(indices[i] for i in kept[name]) for name, indices in splits.train.items()})
+
+
 def prepare(config: RunConfig, say: Callable[[str], None], base: Path | None = None) -> Job:
     """Loads data, tokenizer and model, deals and splits the rows. say gets a line for each step; base: a folder with the
     weights of a checkpoint, in the place of the original ones.
@@ -143,16 +164,7 @@ def prepare(config: RunConfig, say: Callable[[str], None], base: Path | None = N
     device, dtype = device_and_dtype(config)
     say(f"data: {config.dataset}")
     rows = load_rows(config.dataset)
-    rule = config.partition.model_dump(exclude_defaults=True) or {"iid": True}
-    members = partition(rows, config.num_clients, Partition(**rule), config.seed)
-    splits = split(rows, members, config.seed, config.eval_rows_per_client, config.server_eval_rows)
-    empty = [name for name, indices in splits.train.items() if not indices]
-    if empty:
-        raise DataError(f"expected training rows for every client; after the held-out rows, got none for {', '.join(empty)}. "
-                        "Lower num_clients, server_eval_rows or eval_rows_per_client, or bring more rows.")
-    if not splits.server:
-        raise DataError(f"expected held-out rows for the server; got none out of {len(rows)} rows. Raise server_eval_rows, or "
-                        "bring more rows.")
+    splits = dealt(config, rows)
     say(f"model: {config.model_name_or_path}, {str(dtype).removeprefix('torch.')} on {device}")
     tokenizer = load_tokenizer(config.model_name_or_path)
     model = load_model(base or config.model_name_or_path, dtype, config.num_hidden_layers).to(device)
@@ -166,9 +178,8 @@ def prepare(config: RunConfig, say: Callable[[str], None], base: Path | None = N
     scores = scores_of(config, tokenizer, {name: [rows[i] for i in indices] for name, indices in held_out.items()})
     clients, eval_rows, own = [], {}, {}
     for (name, indices), rank, alpha in zip(splits.train.items(), config.ranks(), config.alphas(), strict=True):
-        kept = [indices[i] for i in epoch_order(len(indices), config.seed, name, "kept")[:config.max_examples_per_client]]
-        clients.append(LocalClient(name, tokens(sorted(kept)), rank, alpha))
-        own[name] = [rows[i] for i in kept]
+        clients.append(LocalClient(name, tokens(indices), rank, alpha))
+        own[name] = [rows[i] for i in indices]
         eval_rows[name] = tokens(splits.eval[name])
     found: Histograms = {}
     if config.groups is not None:
