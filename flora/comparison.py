@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from flora import tables
+from flora import tables, timing
 from flora.checkpoint import RunFolder, disk_errors
 from flora.config import RunConfig, load, parse
 from flora.engines.local import run
@@ -185,8 +185,11 @@ def _report(where: Path, config: RunConfig, choices: Sequence[Mapping[str, Any]]
         entry["name"] = f"{chosen['entry']} at {chosen['best']:g}" if grid else chosen["entry"]
         entry["against_first"] = {name: paired(values, entries[0]["final_by_seed"].get(name, {}))
                                   for name, values in entry["final_by_seed"].items()}
+    if timing.clocked(entries):
+        for entry, found in zip(entries, timing.by_clock(entries), strict=True):
+            entry["clock"] = found
     pages = [tables.final(entries), tables.by_round(entries), *([tables.against(entries)] if len(entries) > 1 else []),
-             *([tables.grid(choices)] if grid else [])]
+             *(tables.clock(entries) if "clock" in entries[0] else []), *([tables.grid(choices)] if grid else [])]
     facts = {"config": config.model_dump(exclude={"strategy", "seed", "output_dir", "overwrite", "quiet"}), "entries": entries,
              "learning_rates": choices if grid else None, "variants": list(results.values())}
     with disk_errors(where):

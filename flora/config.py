@@ -167,9 +167,11 @@ class RunConfig(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
-        rules = self.partition.model_dump(exclude={"label"}, exclude_defaults=True)
+        rules = self.partition.model_dump(exclude={"label", "equal_sizes"}, exclude_defaults=True)
         if len(rules) > 1:
             raise ValueError(f"partition: expected one of by, iid, dirichlet_alpha, shards; got {', '.join(rules)}")
+        if self.partition.equal_sizes and self.partition.dirichlet_alpha is None:
+            raise ValueError("partition.equal_sizes: expected dirichlet_alpha with it; got none. Leave equal_sizes out")
         if self.max_steps is not None and self.num_train_epochs is not None:
             raise ValueError("expected max_steps or num_train_epochs; got both. Leave one out")
         if self.merge_into == "adapter" and (self.merge_residual or self.merge_rounding != "nearest"):

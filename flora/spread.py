@@ -60,7 +60,8 @@ def paired(values: Mapping[int, float], first: Mapping[int, float]) -> dict[str,
 
 
 def numbers(rows: Sequence[Mapping[str, Any]], folder: object) -> dict[str, Any]:
-    """One run from its rows: what was evaluated, by rounds done; bytes and seconds in all.
+    """One run from its rows: what was evaluated, and the simulated seconds until then if it has any, by rounds done; bytes and
+    seconds in all.
 
     Raises RunError where no row has a loss.
     """
@@ -71,7 +72,9 @@ def numbers(rows: Sequence[Mapping[str, Any]], folder: object) -> dict[str, Any]
     if not rounds:
         raise RunError(f"expected the evaluations of a finished run in {folder}/metrics.jsonl; got none. Delete {folder}, and "
                        "compare again.")
-    return {"folder": str(folder), "rounds": rounds, "bytes_up": sum(row["bytes_up"] for row in server),
+    simulated = {row["rounds_done"]: row["simulated_total"] for row in server if "simulated_total" in row}
+    simulated = {0: 0.0, **simulated} if simulated else {}
+    return {"folder": str(folder), "rounds": rounds, "simulated": simulated, "bytes_up": sum(row["bytes_up"] for row in server),
             "bytes_down": sum(row["bytes_down"] for row in server),
             "seconds": sum(sum(row["seconds"].values()) for row in server)}
 

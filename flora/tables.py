@@ -7,7 +7,7 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from flora.spread import ACCURACY, LOSS, finite
+from flora.spread import ACCURACY, LOSS, finite, spread
 
 Entry = Mapping[str, Any]
 NOTHING = "–"
@@ -104,6 +104,30 @@ def against(entries: Sequence[Entry]) -> Page:
     return Page(f"less {entries[0]['name']}, paired by seed: mean ± sd of the differences",
                 ["entry", "of", "difference", "which is"], rows,
                 "Within the spread: |mean| <= t · sd / √n, Student's t at 95 %, two-sided.")
+
+
+def clock(entries: Sequence[Entry]) -> list[Page]:
+    """The simulated time of entries that have "clock" (timing.by_clock)."""
+    names, first = list(entries[0]["clock"]["reached"]), entries[0]["name"]
+    words = [_word(name) + (", %" if "accuracy" in name else "") for name in names]
+    at = spread(list(entries[0]["clock"]["at"].values()))
+
+    def cells(name: str, found: Mapping[str, Any]) -> list[str]:
+        show = percent if "accuracy" in name else plus_minus
+        return [show(found["reached"][name]), NOTHING if found is entries[0]["clock"] else found["less"][name]["says"]]
+
+    def until(name: str, found: Mapping[str, Any]) -> list[str]:
+        seconds, count = found["seconds"][name], len(found["at"])
+        few = "" if seconds["count"] == count else f" ({seconds['count']} of {count} seeds)"
+        return [plus_minus(seconds, ".0f") + few, plus_minus(found["times"][name], ".2f")]
+
+    equal = [[entry["name"], *(cell for name in names for cell in cells(name, entry["clock"]))] for entry in entries]
+    times = [[entry["name"], *(cell for name in names for cell in until(name, entry["clock"]))] for entry in entries]
+    return [Page(f"at equal simulated time: after {plus_minus(at, '.0f')} s, when the quickest is done",
+                 ["entry", *(cell for word in words for cell in (word, f"than {first}"))], equal),
+            Page(f"simulated seconds to what {first} ends with",
+                 ["entry", *(cell for word in words for cell in (f"to its {word.removesuffix(', %')}", "times faster"))], times,
+                 f"{NOTHING}: never there. Times faster: {first}'s seconds over the entry's, of the seeds that get there.")]
 
 
 def grid(choices: Sequence[Mapping[str, Any]]) -> Page:

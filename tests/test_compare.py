@@ -9,13 +9,13 @@ import yaml
 from tiny import TARGETS, save_model, write_rows
 
 import flora
-from flora import comparison
+from flora import comparison, timing
 from flora.cli import main
 from flora.comparison import choice, planned, split_entries, variant
 from flora.errors import ConfigError, RunError, StrategyError
 from flora.report import Report, read_metrics
 from flora.spread import over_seeds, paired, spread, t_quantile
-from flora.tables import against, final
+from flora.tables import against, clock, final
 
 
 @pytest.fixture(scope="module")
@@ -232,3 +232,37 @@ def test_an_entry_that_the_strategy_would_refuse_is_refused_before_any_runs(chan
     from flora.errors import FloraError
     with pytest.raises(FloraError, match=entries[1].partition(":")[0]):
         planned(flora.config.parse({"lora_r": 4, **changes}), entries)
+
+
+def runs_of(simulated, losses, accuracies):
+    """A run by seed 0, evaluated after every round."""
+    rounds = {n: {"eval_loss": loss, "eval_accuracy": hit} for n, (loss, hit) in enumerate(zip(losses, accuracies, strict=True))}
+    run = {"rounds": rounds, "simulated": dict(enumerate(simulated)), "bytes_up": 0, "bytes_down": 0, "seconds": 0.0}
+    return {"runs": {0: run}, **over_seeds({0: run})}
+
+
+def test_runs_on_one_clock():
+    slow = runs_of([0, 10, 20, 30], [4.0, 3.0, 2.5, 2.0], [0.1, 0.2, 0.5, 0.4])
+    quick = runs_of([0, 4, 8, 12, 16], [4.0, 3.5, 1.9, 2.1, 1.8], [0.1, 0.2, 0.3, 0.3, 0.35])
+    first, second = timing.by_clock([slow, quick])
+    assert first["at"] == {0: 16} and second["less"]["eval_loss"]["mean"] == pytest.approx(1.8 - 3.0)
+    assert [one["reached"]["eval_loss"]["mean"] for one in (first, second)] == [3.0, 1.8]
+    assert first["seconds"]["eval_loss"]["mean"] == 30 and first["times"]["eval_loss"]["mean"] == 1
+    assert second["seconds"]["eval_loss"]["mean"] == 8 and second["times"]["eval_loss"]["mean"] == pytest.approx(30 / 8)
+    assert first["seconds"]["eval_accuracy"]["mean"] == 20       # it had 0.4 before it ended with it
+    assert second["seconds"]["eval_accuracy"]["count"] == 0 and second["times"]["eval_accuracy"]["mean"] is None
+    for one, name, found in ((slow, "slow", first), (quick, "quick", second)):
+        one.update(name=name, seeds=[0], clock=found)
+    equal, times = clock([slow, quick])
+    assert equal.title == "at equal simulated time: after 16 s, when the quickest is done"
+    assert equal.rows[1] == ["quick", "1.8000", "one seed: no spread known", "35.0", "one seed: no spread known"]
+    assert times.rows == [["slow", "30", "1.00", "20", "1.00"], ["quick", "8", "3.75", "– (0 of 1 seeds)", "–"]]
+
+
+def test_a_comparison_with_a_fleet_is_shown_by_its_clock(place):
+    fleet = [{"name": "one", "count": 2, "seconds_per_layer_step": 1.0, "memory_mb": 100.0, "up_mbps": 1.0, "down_mbps": 1.0}]
+    where = flora.compare(settings(place, "clock", fleet=fleet, num_rounds=1), ["flora", "fedit"])
+    text = (where / "compare.md").read_text()
+    assert "## at equal simulated time" in text and "## simulated seconds to what flora ends with" in text
+    pytest.importorskip("matplotlib", reason="the axis of simulated time is not tested: pip install 'flora[plot]'")
+    assert "simulated seconds" in (where / "compare.svg").read_text()

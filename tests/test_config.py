@@ -58,6 +58,8 @@ def test_a_rank_of_0_is_told_in_one_sentence():
 def test_rules_that_exclude_each_other():
     refused({"partition": {"by": "who", "iid": True}}, "partition: expected .*one of by, iid, dirichlet_alpha, shards; got by, iid")
     refused({"partition": {"shards": 2, "dirichlet_alpha": 1, "label": "x"}}, "got dirichlet_alpha, shards")
+    refused({"partition": {"equal_sizes": True}}, "partition.equal_sizes: expected dirichlet_alpha with it")
+    assert parse({"partition": {"dirichlet_alpha": 0.1, "label": "label", "equal_sizes": True}}).partition.equal_sizes
     refused({"max_steps": 3, "num_train_epochs": 1}, "max_steps or num_train_epochs; got both")
     assert parse({"partition": {"by": "who", "iid": False}}).partition == PartitionConfig(by="who")
     assert parse({"max_steps": 3, "num_train_epochs": None}).max_steps == 3

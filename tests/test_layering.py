@@ -16,7 +16,7 @@ LAYERS = [
     ["strategies"], ["data"], ["packing"], ["losses"], ["evaluate"], ["scoring"], ["mmlu", "mt_bench"],
     ["grouping"], ["fleet"], ["capacity", "chooser"],
     ["client", "clock", "budget"], ["steps"], ["member"], ["loop"], ["cohort"], ["group"], ["stream"], ["server"],
-    ["checkpoint"], ["report"], ["spread"], ["tables", "plots"],
+    ["checkpoint"], ["report"], ["spread"], ["timing"], ["tables", "plots"],
     ["engines.scores"], ["engines.prepare"], ["engines.hierarchy"], ["engines.traffic"],
     ["engines.measure", "engines.plan"], ["engines.local", "engines.flower", "engines.nvflare"], ["engines"],
     ["integrations"], ["doctor", "tuning", "shards", "comparison", "verification", "skew"], ["cli"]]
