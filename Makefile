@@ -44,6 +44,7 @@ bench: install
 	$(PY) -m benchmarks.bench_merge
 	$(PY) -m benchmarks.bench_cohort
 	$(PY) -m benchmarks.bench_round
+	$(PY) -m benchmarks.bench_depth
 	$(PY) -m benchmarks.bench_peft
 
 gpu: $(if $(filter command,$(firstword $(origin PY))),,install)
