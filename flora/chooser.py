@@ -1,6 +1,7 @@
 """How many inner rounds a group makes and how many blocks it trains: the best estimated benefit that the budget lets through.
 
-Cost is the fleet's clock without chance, so it grows with inner_rounds * (transfer + steps * (depth + FORWARD * the other blocks)):
+Cost is the fleet's clock with slow devices in the place of chance, so it grows with
+inner_rounds * (transfer + steps * (depth + FORWARD * the other blocks)):
 under a deadline a deeper group makes fewer inner rounds, and one depth has the most of them that fit (`frontier`). Benefit is
 
     scale(group) * inner_rounds ** a * (depth / layers) ** b,   0 < a, b < 1,
@@ -37,12 +38,14 @@ class Estimate(Protocol):
 class Cost:
     """What a group's round takes. work: a client's inner round at a depth; layers: blocks of the model; most_depth: of clients
     whose memory holds fewer (capacity.most_depth); group_bytes: down and up between group server and server, of (members,
-    inner_rounds, depth): a stack grows with all three, an average with depth alone (None: not counted)."""
+    inner_rounds, depth): a stack grows with all three, an average with depth alone (None: not counted). caution: every device is
+    taken to be so many standard deviations of its jitter slow, or a deadline that is just met without chance loses half of them."""
     fleet: Fleet
     work: Callable[[str, int], Work]
     layers: int
     most_depth: Mapping[str, int] = field(default_factory=dict)
     group_bytes: Callable[[Sequence[str], int, int], tuple[float, float]] | None = None
+    caution: float = 2.0
 
     def group(self, members: Sequence[str], inner_rounds: int, depth: int) -> GroupWork:
         """What the fleet's clock takes of this group."""
@@ -51,7 +54,7 @@ class Cost:
 
     def seconds(self, members: Sequence[str], inner_rounds: int, depth: int) -> float:
         """The backhaul, and the slowest member inner_rounds times."""
-        return self.fleet.expected(self.group(members, inner_rounds, depth))
+        return self.fleet.expected(self.group(members, inner_rounds, depth), self.caution)
 
     def bytes(self, members: Sequence[str], inner_rounds: int, depth: int) -> float:
         """Of all members, both ways, in all inner rounds, and over the backhaul."""

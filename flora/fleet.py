@@ -161,10 +161,15 @@ class Fleet:
         """Seconds of so many bytes."""
         return 0.0 if self.backhaul_mbps is None else 8e-6 * count / self.backhaul_mbps
 
-    def expected(self, group: GroupWork) -> float:
-        """Seconds of a group's round without chance: the backhaul, and its slowest member in every inner round."""
-        first, later = (max(sum(phases(self.kind(client), work, one)) for client, work in group.members.items())
-                        for one in (True, False))
+    def expected(self, group: GroupWork, caution: float = 0.0) -> float:
+        """Seconds of a group's round without chance: the backhaul, and its slowest member in every inner round.
+
+        caution: every device is so many standard deviations of its jitter slower than its median."""
+        def slowest(first: bool) -> float:
+            return max(sum(phases(kind, work, first)) * math.exp(caution * kind.jitter)
+                       for client, work in group.members.items() for kind in [self.kind(client)])
+
+        first, later = slowest(True), slowest(False)
         return self.backhaul(group.bytes_down) + first + (group.inner_rounds - 1) * later + self.backhaul(group.bytes_up)
 
     def round(self, number: int, groups: Mapping[str, GroupWork], deadline: float | None = None) -> Round:

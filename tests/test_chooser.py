@@ -12,7 +12,7 @@ from tiny import ROOT
 
 from flora.chooser import Benefit, Budget, Cost, choose, frontier, left_out
 from flora.errors import ConfigError
-from flora.fleet import Device, DeviceClass, Fleet, Work
+from flora.fleet import Device, DeviceClass, Fleet, GroupWork, Work
 
 PHONE = DeviceClass("phone", 1, 0.5, 1000, up_mbps=8, down_mbps=8)
 LAYERS = 8
@@ -31,6 +31,18 @@ def test_seconds_and_bytes_by_hand():
     assert found.seconds(["a"], 3, 4) == 24 and found.seconds(["a", "b"], 3, 4) == 36 and found.bytes(["a", "b"], 3, 4) == 24e6
     crossed = cost({"a": 1}, 16, group_bytes=lambda members, inner_rounds, depth: (2e6, inner_rounds * depth * 1e6))
     assert crossed.seconds(["a"], 3, 4) == 24 + 1 + 6 and crossed.bytes(["a"], 3, 4) == 12e6 + 14e6
+
+
+def test_jitter_is_planned_for():
+    """Two standard deviations slow: e^(2 * 0.3) times as long."""
+    shaky = Fleet({"a": Device("a", dataclasses.replace(PHONE, jitter=0.3))})
+    found = Cost(shaky, cost({"a": 1}).work, LAYERS)
+    assert found.seconds(["a"], 3, 4) == pytest.approx(24 * math.exp(0.6))
+    assert dataclasses.replace(found, caution=0).seconds(["a"], 3, 4) == pytest.approx(24)
+    inner, depth = choose({"g": ["a"]}, found, Budget(seconds=24), Benefit(LAYERS))["g"]
+    work = GroupWork({"a": found.work("a", depth)}, inner)
+    late = sum("a" in shaky.round(number, {"g": work}, 24).lost for number in range(200))
+    assert late <= 12
 
 
 def test_the_best_pair_by_hand():

@@ -2,18 +2,23 @@
 import math
 
 import pytest
+import torch
 
-from benchmarks.papers import communication, tables, toy
+from benchmarks.papers import communication, hierarchy, tables, toy
 from benchmarks.papers.run import HERE, experiments, read
 from flora.comparison import planned
 from flora.config import load, parse
 from flora.engines.prepare import check
 
+_draw = torch.Generator().manual_seed(0)
+NOISE = hierarchy.Tweets(torch.randn(6400, 8, generator=_draw), torch.randint(3, (6400,), generator=_draw),
+                         torch.arange(6400) % 8 == 1)
+
 
 @pytest.mark.parametrize("scale", ["cpu", "gpu"])
-@pytest.mark.parametrize("name", experiments("flora"))
-def test_every_experiment_is_one_that_runs(name, scale):
-    own, settings = read("flora", name, scale)
+@pytest.mark.parametrize(("paper", "name"), [(paper, name) for paper in ("flora", "hierfedlora") for name in experiments(paper)])
+def test_every_experiment_is_one_that_runs(paper, name, scale):
+    own, settings = read(paper, name, scale)
     plan = planned(parse(settings, name), own["compare"]["strategies"], own["compare"].get("learning_rates", ()))
     assert len(plan) >= 2 and len(own["compare"]["seeds"]) >= 2 and own["title"]
     for one in plan:
@@ -50,3 +55,18 @@ def test_the_communication_table_says_whose_bytes():
     rows = [{"setting": "a", "ranks": "16", "method": "flora", "up": 2e6, "down": 3e6, "share": 0.01}]
     [page] = communication.pages(rows)
     assert page.rows == [["flora", "2.0", "3.0", "1.000%"]] and "rank 16" in tables.below(page)
+
+
+def test_the_fleets_runs_end_with_their_time(monkeypatch):
+    """Groups, chooser and clock on a classifier of noise in the place of the tweets."""
+    monkeypatch.setattr(hierarchy, "tweets", lambda: NOISE)
+    net = hierarchy.Classifier(8)
+    monkeypatch.setattr(hierarchy, "base", net.state_dict)
+    found = {entry: hierarchy.run(entry, 1.0, 0, 13.0, 1e-3) for entry in ("flora", "HierFedLoRA", "averages inside")}
+    for entry, points in found.items():
+        assert len(points) > 1 and all(math.isfinite(p["loss"]) for p in points) and points[-1]["seconds"] <= 13, entry
+        assert bool(points[-1]["chosen"]) == (entry in ("HierFedLoRA", "averages inside"))
+    assert max(inner for inner, _ in found["HierFedLoRA"][-1]["chosen"].values()) > 1
+    rows = [{"entry": entry, "skew": 1.0, "seed": 0, "rate": 1e-3, "points": points} for entry, points in found.items()]
+    [first, *_] = hierarchy.entries_of(rows, 1.0)
+    assert first["name"] == "flora, 0.001" and first["clock"]["times"]["eval_loss"]["mean"] == 1
