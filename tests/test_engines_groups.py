@@ -8,7 +8,7 @@ import flora
 from flora.config import parse
 from flora.errors import ConfigError, StrategyError
 from flora.formats import load_peft
-from flora.report import read_metrics
+from flora.report import read_metrics, summary
 
 FAST = {"name": "fast", "count": 2, "seconds_per_layer_step": 1.0, "memory_mb": 100.0, "up_mbps": 1.0, "down_mbps": 1.0}
 SLOW = {**FAST, "name": "slow", "seconds_per_layer_step": 10.0}
@@ -54,6 +54,7 @@ def test_every_strategy_is_judged_by_one_clock(place):
         first = servers(folder)[1]
         down = max(row["bytes_down"] for row in of(read_metrics(folder), "client") if row["round"] == 0)
         assert first["simulated_seconds"] == pytest.approx(2 * 10.0 * 2 + 8e-6 * (up + down), rel=1e-6)      # a slow one's blocks
+        assert summary(read_metrics(folder))[0].columns[-1].header == "simulated s"
         total = sum(row["simulated_seconds"] for row in servers(folder)[1:])
         assert servers(folder)[2]["simulated_total"] == pytest.approx(total)
 
