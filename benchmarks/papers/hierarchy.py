@@ -10,6 +10,7 @@ import argparse
 import functools
 import hashlib
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 from benchmarks.measure import device_name
 from benchmarks.papers.run import RESULTS
+from flora import skew as labels
 from flora.client import LocalClient, TrainConfig
 from flora.cohort import Cohort
 from flora.config import RunConfig, parse
@@ -35,7 +37,7 @@ from flora.nn import applied, target_shapes
 from flora.plots import draw
 from flora.server import Server, first_broadcast
 from flora.spread import over_seeds
-from flora.tables import clock
+from flora.tables import Page, clock
 from flora.timing import by_clock
 from flora.versions import bring_to
 
@@ -59,6 +61,7 @@ ENTRIES: dict[str, dict] = {
     "averages inside": {**CHOSEN, "groups": {**CHOSEN["groups"], "inner": "fedit"}}}
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 TUNED = ("flora", "HierFedLoRA", "fedit", "hetlora", "flexlora", "ffa", "averages inside")
+DOCS = RESULTS.parents[1] / "docs"
 PUBLISHED = RESULTS / device_name() / "papers" / "hierarchy.json"
 
 
@@ -229,13 +232,33 @@ def entries_of(rows: Sequence[dict], skew: float) -> list[dict]:
     return made
 
 
-def show(rows: Sequence[dict]) -> None:
-    """Prints the tables and draws the lines, of every skew."""
+def pages(rows: Sequence[dict]) -> list[Page]:
+    """For every skew: at equal time, time to what FLoRA ends with, and what groups did."""
+    made = []
     for skew in sorted({row["skew"] for row in rows}):
-        entries = entries_of(rows, skew)
-        for page in clock(entries):
-            Console().print(replace(page, title=f"Dirichlet {skew:g}, {page.title}").rich())
-        draw(entries, PUBLISHED.with_name(f"hierarchy-{skew:g}.svg"))
+        made += [replace(page, title=f"Dirichlet {skew:g}, {page.title}") for page in clock(entries_of(rows, skew))]
+        cells = []
+        for name in ENTRIES:
+            points = [p for row in rows if row["entry"] == name and row["skew"] == skew for p in row["points"][1:]]
+            took = [pair for p in points for pair in p["chosen"].values()]
+            inner, depth = (f"{statistics.fmean(pair[i] or BLOCKS for pair in took):.1f}" if took else "–" for i in (0, 1))
+            if points:
+                cells.append([name, inner, depth, f"{statistics.fmean(p['lost'] for p in points):.1f}",
+                              f"{statistics.fmean(p['bytes'] for p in points) / 1e6:.1f}"])
+        made.append(Page(f"Dirichlet {skew:g}: inner rounds and depth of a group, means over groups and rounds",
+                         ["entry", "inner rounds", "depth", "clients lost a round", "MB a round, with the server"], cells))
+    return made
+
+
+def show(rows: Sequence[dict]) -> None:
+    """Prints the tables; draws the lines of every skew and the labels of clients and groups into docs/."""
+    for page in pages(rows):
+        Console().print(page.rich())
+    for number in sorted({row["skew"] for row in rows}):
+        draw(entries_of(rows, number), DOCS / f"hierarchical-{number:g}.svg")
+    dealt = {"dirichlet_alpha": 0.1, "label": "label", "equal_sizes": True}
+    config = parse({"num_clients": 80, "dataset": "tweets", "partition": dealt})
+    labels.draw(labels.skew(config, 8), DOCS / "hierarchical-groups.svg")
 
 
 def main() -> None:
@@ -245,7 +268,7 @@ def main() -> None:
     parser.add_argument("--entries", nargs="+", default=list(ENTRIES), choices=list(ENTRIES))
     parser.add_argument("--seconds", type=float, default=120.0, help="simulated, of every run")
     parser.add_argument("--rate", type=float, help="of all; left out: each method's best of a grid, on seed 0 and half the time")
-    parser.add_argument("--show", action="store_true", help="tables and lines of what was published; nothing runs")
+    parser.add_argument("--show", action="store_true", help="tables and plots of what was published; nothing runs")
     options = parser.parse_args()
     known = json.loads(PUBLISHED.read_text()) if PUBLISHED.exists() else []
     PUBLISHED.parent.mkdir(parents=True, exist_ok=True)
