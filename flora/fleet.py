@@ -210,7 +210,10 @@ class _Clock:
         for name, group in groups.items():
             began, n = fleet.backhaul(group.bytes_down), group.inner_rounds
             room = math.inf if deadline is None else deadline - fleet.backhaul(group.bytes_up) - began
-            self.states[name] = _State(set(group.members), [began + max(0.0, room) * (i + 1) / n for i in range(n)])
+            room = max(0.0, room)
+            more = max(8e-6 * (work.down(True) - work.bytes_down) / fleet.kind(c).down_mbps for c, work in group.members.items())
+            more = min(max(0.0, more), room)                    # what the broadcast takes longer than a stack
+            self.states[name] = _State(set(group.members), [began + more + (room - more) * (i + 1) / n for i in range(n)])
             for client, work in group.members.items():
                 kind, draw = fleet.kind(client), np.random.RandomState(derive(fleet.seed, "fleet", number, client) % 2**32)
                 train, link = np.exp(kind.jitter * draw.standard_normal(2))

@@ -45,6 +45,17 @@ def test_frozen_blocks_cost_half():
     assert phases(FAST, Work(4, 2, frozen=6)) == (0, 20, 0) and phases(SLOW, Work(4, 8)) == (0, 96, 0)
 
 
+def test_a_long_broadcast_is_no_reason_to_be_late():
+    """8 s of broadcast, then 3 inner rounds of 4 s: in time under 20 s, though the first ends after 12 of them."""
+    link = dataclasses.replace(FAST, seconds_per_layer_step=1.0, down_mbps=1.0)
+    work = GroupWork({"a": Work(4, 1, first_down=1e6)}, 3)
+    assert not fleet(a=link).round(0, {"g": work}, 20.5).lost and fleet(a=link).round(0, {"g": work}, 20.5).seconds == 20
+    slow = GroupWork({"a": Work(4, 1, first_down=1e6), "b": Work(4, 1)}, 3)
+    assert fleet(a=link, b=link).round(0, {"g": slow}, 20.5).lost == {}           # b has no broadcast to wait for
+    slower = GroupWork({"a": Work(4, 1, first_down=1e6), "b": Work(13, 1)}, 3)
+    assert fleet(a=link, b=link).round(0, {"g": slower}, 20.5).lost == {"b": "late"}
+
+
 def test_the_first_inner_round_takes_the_broadcast():
     work = GroupWork({"a": Work(2, 3, 1e6, 2e6, first_down=9e6)}, 3)
     plain = GroupWork({"a": Work(2, 3, 1e6, 2e6)}, 3)
