@@ -11,6 +11,7 @@ from benchmarks.papers import hierarchy, toy
 from benchmarks.papers.communication import PUBLISHED, pages
 from benchmarks.papers.run import HERE, RESULTS
 from flora import tables
+from flora.spread import LOSS
 
 OUT = HERE.parents[1] / "docs" / "results.md"
 HEAD = """# Results
@@ -35,8 +36,8 @@ def section(record: dict[str, Any], image: str) -> str:
                 f"{config['per_device_train_batch_size']} rows, rank {rank}, seeds {seeds}, scale {record['scale']}"
                 + ("" if compared["learning_rates"] else f", learning rate {config['learning_rate']:g}"))
     said = f"Published: {record['published'].strip()}\n" if record["published"] else ""
-    return "\n".join([f"## {record['title']}\n", settings + ".\n", said, *map(below, own),
-                      f"![Loss and accuracy by round]({image})\n"])
+    shown = [f"![Loss and accuracy by round]({image})\n"] if image else []
+    return "\n".join([f"## {record['title']}\n", settings + ".\n", said, *map(below, own), *shown])
 
 
 COMMUNICATION = """## Communication in the paper's settings
@@ -97,8 +98,10 @@ def main() -> None:
     parts = [HEAD]
     for path in sorted(RESULTS.glob("*/papers/*-*.json")):
         record = json.loads(path.read_text())
-        image = f"results-{record['experiment']}-{record['scale']}.svg"
-        shutil.copyfile(path.with_suffix(".svg"), OUT.parent / image)
+        times = {number for entry in record["compare"]["entries"] for number in entry["by_round"][LOSS]}
+        image = f"results-{record['experiment']}-{record['scale']}.svg" if len(times) > 2 else ""     # else there is no line to see
+        if image:
+            shutil.copyfile(path.with_suffix(".svg"), OUT.parent / image)
         parts.append(section(record, image))
     parts.append(many_rounds())
     parts.append(communication())
