@@ -59,8 +59,9 @@ ENTRIES: dict[str, dict] = {
     "no chooser": {"groups": {"count": 8, "rank": 16, "inner_rounds": 4}},
     "no frequency": {"groups": {"count": 8, "rank": 16, "inner_rounds": 1, "depth": 2}},
     "averages inside": {**CHOSEN, "groups": {**CHOSEN["groups"], "inner": "fedit"}}}
+METHODS = ("flora", "HierFedLoRA", "fedit", "hetlora", "flexlora", "ffa")
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-TUNED = ("flora", "HierFedLoRA", "fedit", "hetlora", "flexlora", "ffa", "averages inside")
+TUNED = (*METHODS, "averages inside")
 DOCS = RESULTS.parents[1] / "docs"
 PUBLISHED = RESULTS / device_name() / "papers" / "hierarchy.json"
 
@@ -250,12 +251,19 @@ def pages(rows: Sequence[dict]) -> list[Page]:
     return made
 
 
+def published() -> list[dict]:
+    """The runs of all machines."""
+    return [row for path in sorted(RESULTS.glob("*/papers/hierarchy.json")) for row in json.loads(path.read_text())]
+
+
 def show(rows: Sequence[dict]) -> None:
     """Prints the tables; draws the lines of every skew and the labels of clients and groups into docs/."""
     for page in pages(rows):
         Console().print(page.rich())
     for number in sorted({row["skew"] for row in rows}):
-        draw(entries_of(rows, number), DOCS / f"hierarchical-{number:g}.svg")
+        for what, names in (("methods", METHODS), ("parts", ["flora", *(name for name in ENTRIES if name not in METHODS)])):
+            some = [row for row in rows if row["entry"] in {*names, "HierFedLoRA"}]
+            draw(entries_of(some, number), DOCS / f"hierarchical-{what}-{number:g}.svg")
     dealt = {"dirichlet_alpha": 0.1, "label": "label", "equal_sizes": True}
     config = parse({"num_clients": 80, "dataset": "tweets", "partition": dealt})
     labels.draw(labels.skew(config, 8), DOCS / "hierarchical-groups.svg")
@@ -266,13 +274,15 @@ def main() -> None:
     parser.add_argument("--skews", type=float, nargs="+", default=[0.1, 0.5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--entries", nargs="+", default=list(ENTRIES), choices=list(ENTRIES))
-    parser.add_argument("--seconds", type=float, default=120.0, help="simulated, of every run")
+    parser.add_argument("--seconds", type=float, default=90.0, help="simulated, of every run")
     parser.add_argument("--rate", type=float, help="of all; left out: each method's best of a grid, on seed 0 and half the time")
     parser.add_argument("--show", action="store_true", help="tables and plots of what was published; nothing runs")
     options = parser.parse_args()
+    if options.show:
+        return show(published())
     known = json.loads(PUBLISHED.read_text()) if PUBLISHED.exists() else []
     PUBLISHED.parent.mkdir(parents=True, exist_ok=True)
-    for skew in () if options.show else options.skews:
+    for skew in options.skews:
         had = {row["entry"]: row["rate"] for row in known if row["skew"] == skew}
         new = [entry for entry in options.entries if entry not in had or options.rate]
         rates = dict.fromkeys(new, options.rate) if options.rate else had | tuned(new, skew, options.seconds / 2)

@@ -85,7 +85,7 @@ Published: 1.6 to 4.2 points more and at least 2.1 times faster, on 80 devices (
 
 def eighty_devices() -> str:
     """The tables of groups as Markdown."""
-    rows = [row for path in sorted(RESULTS.glob("*/papers/hierarchy.json")) for row in json.loads(path.read_text())]
+    rows = hierarchy.published()
     return "\n".join([HIERARCHY, *map(below, hierarchy.pages(rows))]) if rows else ""
 
 
