@@ -3,8 +3,9 @@
 The tweets, their labels skewed over the clients, a fleet of three classes, simulated time; groups, chooser, clock, servers and
 cohorts are the library's own. In the place of a language model a classifier that learns in minutes: the mean of SmolLM2's token
 embeddings, four residual blocks and a head, trained on one in 64 of the tweets that no client has; clients adapt the blocks.
-A block's adapter is a quarter of one of SmolLM2's in bytes, and the devices' seconds a block are a quarter of what the phone of
-docs/fleet.md takes, so the shares of transfer and training are those of SmolLM2. Every run goes on for as many simulated seconds.
+A block's adapter is a quarter of one of SmolLM2's in bytes, and the devices' seconds a block are a quarter of what those of
+hierfedlora/common.yaml take, so the shares of transfer and training are those of SmolLM2. Every run goes on for as many simulated
+seconds.
 """
 import argparse
 import functools

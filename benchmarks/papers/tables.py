@@ -17,7 +17,8 @@ OUT = HERE.parents[1] / "docs" / "results.md"
 HEAD = """# Results
 
 The experiments of `benchmarks/papers`, re-run on a model and data that anybody can fetch: `python -m benchmarks.papers.run`
-with `--scale cpu` takes the first two blocks of SmolLM2-135M and labelled tweets, with `--scale gpu` the whole model. Two blocks of
+with `--scale cpu` takes the first two blocks of SmolLM2-135M and labelled tweets, with adapters on all linears of a block (the
+paper's are on q_proj and v_proj); with `--scale gpu` the whole model, q_proj and v_proj. Two blocks of
 thirty are no language model: what can be read off is how the methods differ, not how good a model gets. Losses and accuracies are
 of rows that nobody trained on; ± is the standard deviation over the seeds, and a difference counts where it is beyond what paired
 seeds scatter (95 %).
