@@ -3,6 +3,8 @@
 Each message says what was expected, what came, and what to do. Each class also inherits the built-in that a caller
 would guess (`ValueError`, `RuntimeError`), so code that knows nothing of flora still catches it.
 """
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class FloraError(Exception):
@@ -47,3 +49,12 @@ class TrainingError(FloraError, RuntimeError):
 
 class RunError(FloraError, RuntimeError):
     """A run folder that is in the way, unfinished, or not a run."""
+
+
+@contextmanager
+def needs(package: str, extra: str) -> Iterator[None]:
+    """Around the import of an optional package: where it is missing, ConfigError says how to install it."""
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigError(f"expected {package}; it cannot be imported ({error}). pip install 'flora[{extra}]'") from error

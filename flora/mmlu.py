@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from flora.errors import ConfigError, DataError
+from flora.errors import DataError, needs
 from flora.evaluate import eval_mode
 
 if TYPE_CHECKING:
@@ -37,12 +37,9 @@ def lm_eval_mmlu(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", folder:
     files, else none. acc: over all questions; acc_stderr: within subjects, pooled, as the harness gives it for a group; None where
     every subject has one question. Raises ConfigError without lm-eval, DataError for missing or malformed files.
     """
-    try:
+    with needs("lm-evaluation-harness", "eval"):
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise ConfigError(f"lm_eval: expected lm-evaluation-harness; it cannot be imported ({error}). pip install 'flora[eval]'"
-                          ) from error
     if batch_size < 1:
         raise DataError(f"expected a batch size of at least 1; got {batch_size}. Set it to the sequences that one pass may hold.")
     test, dev, shots = _rows(Path(folder).expanduser(), num_fewshot)

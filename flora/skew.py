@@ -16,7 +16,7 @@ from rich.table import Table
 from flora.config import RunConfig
 from flora.data import load_rows, load_tokenizer, tokenize_rows
 from flora.engines.prepare import dealt
-from flora.errors import ConfigError
+from flora.errors import ConfigError, needs
 from flora.grouping import Groups, Histograms, divergence, histograms, near_iid, report, token_histograms, total
 from flora.plots import COLOURS
 
@@ -111,11 +111,9 @@ def _main(counts: Mapping[Any, float]) -> str:
 def draw(seen: Skew, path: Path) -> None:
     """Writes the SVG: a bar a client, in the order of the groups, and a bar a group; both beside all. Raises ConfigError where
     matplotlib is missing."""
-    try:
+    with needs("matplotlib", "plot"):
         import matplotlib
         from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("--plot: expected matplotlib; it is not installed. pip install 'flora[plot]', or leave it out") from None
     everyone = total(seen.found, seen.found)
     bars = {name: seen.found[name] for name in ([n for group in seen.groups for n in group] or seen.found)}
     panels = [(f"{'clients, by group' if seen.groups else 'clients'}: share of {seen.of}", bars)]
