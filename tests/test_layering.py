@@ -8,7 +8,8 @@ import pytest
 from tiny import ROOT
 
 LAYERS = [
-    ["seeds", "files", "errors", "allocator", "parallel", "sections"], ["config", "keystream"], ["checks"], ["segments", "memory"],
+    ["seeds", "files", "errors", "allocator", "parallel", "sections", "consistency"], ["config", "keystream"], ["checks"],
+    ["segments", "memory"],
     ["kernels.reference", "kernels.native", "kernels.triton"], ["kernels"], ["library"], ["merges"], ["ops"],
     ["adapter"], ["frames"],
     ["layer"], ["shared"], ["targets"],

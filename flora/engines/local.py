@@ -22,7 +22,7 @@ from flora.downlink import Downlink
 from flora.engines.hierarchy import Hierarchy, clock_row, hierarchy_of
 from flora.engines.measure import NOTHING, after, before, client_row, over_group, server_row, unmeasured_row, views_at_home
 from flora.engines.plan import bytes_of_a_round
-from flora.engines.prepare import Job, environment, prepare, rehearse
+from flora.engines.prepare import Job, environment, prepare, rehearse, trust_of
 from flora.engines.traffic import Traffic, total
 from flora.errors import ConfigError
 from flora.group import Group, GroupCohort, leaves
@@ -33,7 +33,9 @@ from flora.server import Server, first_broadcast
 from flora.strategies import leave_home
 from flora.versions import bring_to, resume_at, write_into
 
-LOST = {"vanished": "its device has vanished in this round", "late": "its device is late in this round"}
+LOST = {"vanished": "its device has vanished in this round", "late": "its device is late in this round",
+        "next": "its device is late in this round; its update counts less in the next one"}
+NO_ROUND = "the round"
 
 
 def run(config: RunConfig | Mapping[str, Any] | str | Path, resume: bool = False) -> Path:
@@ -108,9 +110,11 @@ def _result(server: Server, saved: Path | None) -> str:
 
 @dataclass
 class State:
-    """What clients carry from round to round: what stays at home, and AdamW's moments, where they are kept."""
+    """What clients carry from round to round: what stays at home, and AdamW's moments, where they are kept; late: updates that the
+    next round takes."""
     home: dict[str, Adapters] = field(default_factory=dict)
     optimizers: dict[str, dict[str, Tensor]] | None = None
+    late: dict[str, Update] = field(default_factory=dict)
 
 
 def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: RunFolder, state: State,
@@ -124,7 +128,12 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
         measured = (number + 1) % config.eval_every == 0 or number + 1 == config.num_rounds
         sent, own = server.broadcast, views_at_home(server, state.home)
         server.clients = tree.parties(traffic.received) if tree.members else server.clients
-        due, clock = tree.clock(number, server.sample(number), traffic.received, sent.train)
+        sampled = [party for party in server.sample(number) if party.name not in state.late] or server.sample(number)
+        due, clock = tree.clock(number, sampled, traffic.received, sent.train, enough(config))
+        lost = dict(clock.lost) if clock else {}
+        if config.late == "next":
+            due = [party for party in sampled if lost.get(party.name) != "vanished"]
+            lost = {name: "next" if how == "late" else how for name, how in lost.items()}
         parties = [party if isinstance(party, Group) else replace(party, start=own.get(party.name)) for party in due]
         clients = leaves(parties)
         bring_to(job.model, sent, job.merge_config)
@@ -139,7 +148,12 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
 
         began = time.perf_counter()
         leaving = [_leaving(u, server.strategy.home) for u in updates]
-        server.close(leaving, dense_weights(job, server))
+        arrived = state.late | {u.client: u for u in leaving if lost.get(u.client) != "next"}
+        state.late = {u.client: u for u in leaving if lost.get(u.client) == "next"}
+        left_out = {name: LOST[how] for name, how in lost.items()} | cohort.failures | server.take(arrived)
+        left_out |= {NO_ROUND: reason} if (reason := server.short()) and arrived else {}
+        server.close((), dense_weights(job, server))
+        left_out |= {} if reason else server.sifted.left_out
         seconds = cohort.seconds | {"aggregate": time.perf_counter() - began}
         seconds["evaluate"] = sum(one["seconds"] for one in (*found.values(), *trained.values()))
 
@@ -150,8 +164,7 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
             row = client_row(number, client, update, *both)
             tree.observe([row])
             report.add(row | {"bytes_up": up.get(client.name, 0), "bytes_down": traffic.received.get(client.name, 0)})
-        lost = {name: LOST[how] for name, how in (clock.lost if clock else {}).items()}
-        for name, reason in {**lost, **cohort.failures}.items():
+        for name, reason in left_out.items():
             report.add({"kind": "failure", "round": number, "client": name, "reason": reason})
             report.say(f"round {number}: {name} is left out: {reason}")
         server.shrink(updates)
@@ -170,6 +183,11 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
             report.say(f"round {number}: held-out loss {row['eval_loss']:.4f}, accuracy {row['eval_accuracy']:.1%}")
         report.round_done()
     return config.num_rounds
+
+
+def enough(config: RunConfig) -> int | None:
+    """Answers that end a round of which more were sampled; None where none were."""
+    return max(1, round(config.fraction_train * config.num_clients)) if config.over_sampling > 1 else None
 
 
 def over_budget(config: RunConfig, report: Report, server: Server, tree: Hierarchy) -> bool:
@@ -218,8 +236,9 @@ def new_server(config: RunConfig, job: Job, resumed: Resumed | None, tree: Hiera
         broadcast = resumed.broadcast
     else:
         broadcast = replace(first_broadcast(config.strategy, shapes, clients, config.seed, options), run=secrets.token_hex(8))
-    server = Server(config.strategy, clients, broadcast, config.fraction_train, config.weighting, config.seed, options=options,
-                    downlink=Downlink(config.downlink, config.downlink_tol), shapes=shapes)
+    server = Server(config.strategy, clients, broadcast, min(1.0, config.fraction_train * config.over_sampling), config.weighting,
+                    config.seed, options=options, downlink=Downlink(config.downlink, config.downlink_tol), shapes=shapes,
+                    trust=trust_of(config))
     server.rehearse()
     return server
 

@@ -18,8 +18,10 @@ from flora.engines.scores import Scores, scores_of
 from flora.errors import ConfigError, DataError
 from flora.group import Group
 from flora.grouping import Histograms, histograms, token_histograms
+from flora.inbox import Trust
 from flora.server import Server, first_broadcast
 from flora.strategies import STRATEGIES, Strategy, strategy_named
+from flora.strategies.robust import Robust
 from flora.versions import MergeConfig
 
 if TYPE_CHECKING:
@@ -96,7 +98,13 @@ def rehearse(config: RunConfig) -> None:
     options = config.strategy_options()
     first = first_broadcast(config.strategy, {"rehearsal": (4, 4)}, clients, config.seed, options)
     Server(config.strategy, clients, first, 1.0, config.weighting, config.seed, options=options,
-           downlink=Downlink(config.downlink, config.downlink_tol)).rehearse()
+           downlink=Downlink(config.downlink, config.downlink_tol), trust=trust_of(config)).rehearse()
+
+
+def trust_of(config: RunConfig) -> Trust:
+    """What the server of this run takes from its clients."""
+    robust = Robust(config.robust, config.robust_share, config.robust_bound) if config.robust else None
+    return Trust(config.min_clients, robust, config.staleness_weight if config.late == "next" else None)
 
 
 def device_and_dtype(config: RunConfig) -> tuple[torch.device, torch.dtype]:
