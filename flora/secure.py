@@ -54,7 +54,7 @@ class Agreement:
 class SecureSum:
     """adapters: Σ n_k ΔW_k / Σ n_k over the clients counted; num_examples: Σ n_k; layers: how good each is; error: the worst of
     their estimated relative errors; bytes_up, bytes_down: by client, without the broadcast of the result; dropped: who did not
-    stay, and the message that it failed to send (without "reveal" it counts nonetheless); seconds: by phase, of all clients together."""
+    stay, and the message that it failed to send (without "reveal" it counts nonetheless); seconds: by phase, all together."""
     adapters: dict[str, Adapter]
     num_examples: int
     counted: list[str]
