@@ -8,7 +8,7 @@ from masked import NAMES, STEPS, Round, lists, looks_random, session, summed, ve
 pytest.importorskip("Crypto", reason="pycryptodome is missing: no mask was tested; pip install 'flora[secure]'")
 
 from flora.errors import MessageError, StrategyError
-from flora.masking import KEYS, MASKED, REVEAL, agreed, hashed, joined, pair_key, public_of, split
+from flora.masking import HEADER, KEYS, MASKED, REVEAL, agreed, hashed, joined, pair_key, public_of, split
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -89,6 +89,24 @@ def test_what_the_server_holds_does_not_bare_a_client():
         (_, pair), = of.masks(pair_key(of, party._secret, 0, other, keys[other][32:64]))
         left = left - pair
         assert (left == 7).all() == (other == 4)
+
+
+def test_a_vector_that_comes_too_late_stays_masked():
+    """What the second mask is for: the key of a client that was given up is known by then, and takes off all its pairs."""
+    of = session(sizes=[("q", 20_000)])
+    done = Round(of, {name: np.full(of.count, 7, np.uint64) for name in NAMES}, {"c": "masked"}).until("shares")
+    delivery = done.tally.delivery("c")
+    done.masked()
+    done.reveal()
+    late = np.frombuffer(done.parties["c"].masked(delivery, done.values["c"])[HEADER.size:], "<u8")
+    keys, answers = done.tally._came[KEYS], done.tally._came[REVEAL]
+    key = joined({n: answers[n][64:96] for n in sorted(answers)[:3]})
+    for other in (0, 1, 3, 4):
+        (_, pair), = of.masks(pair_key(of, key, 2, other, keys[other][32:64]))
+        late = late - pair if other > 2 else late + pair
+    assert looks_random(late) and not (late == 7).any()
+    (_, own), = of.masks(done.parties["c"]._seed)
+    assert (late - own == 7).all()
 
 
 def test_shares_below_the_threshold_tell_nothing():

@@ -84,16 +84,19 @@ def test_what_travels_is_as_long_for_all_and_counted():
 def test_layers_that_a_client_lacks_count_as_zero_and_are_hidden(monkeypatch):
     shapes = {"q": (300, 200)}
     updates = updates_of(RANKS, shapes=shapes)
+    shapes["v"] = (20, 30)
+    updates = [*updates, Update({"v": adapter(2, shapes["v"])}, 9, {}, 0, "late")]             # the second layer, not the first
     bare = Update({}, 5, {}, 0, "bare")
     seen, take = {}, Tally.take_masked
     monkeypatch.setattr(Tally, "take_masked", lambda tally, data: (seen.update({len(seen): data}), take(tally, data))[1])
     found = secure_round([*updates, bare], shapes)
     share = sum(u.num_examples for u in updates)
-    exact = wanted(updates, "q") * share / (share + 5)
-    assert relative(dense(found.adapters["q"]), exact) < 1e-6 and found.num_examples == share + 5
-    own = contribution(bare, agree(found.counted, shapes, SecureConfig(width=8)))
+    for layer in shapes:
+        exact = wanted(updates, layer) * share / (share + 5)
+        assert relative(dense(found.adapters[layer]), exact) < 1e-6 and found.num_examples == share + 5
+    own = contribution(bare, agree(found.counted, shapes, SecureConfig(width=10)))
     assert own[0] == 5 and not own[1:].any()
-    assert all(looks_random(np.frombuffer(data[HEADER.size:], "<u8")) for data in seen.values()) and len(seen) == 5
+    assert all(looks_random(np.frombuffer(data[HEADER.size:], "<u8")) for data in seen.values()) and len(seen) == 6
 
 
 def test_the_same_update_in_two_rounds_gives_other_bytes(monkeypatch):
