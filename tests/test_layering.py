@@ -14,6 +14,7 @@ LAYERS = [
     ["adapter"], ["frames"],
     ["layer"], ["shared"], ["targets"],
     ["nn"], ["adaptive"], ["forms"], ["packed", "whole"], ["wire"], ["messages"], ["downlink"], ["versions"], ["formats"],
+    ["ring", "masking", "sketch"], ["unmasking"], ["secure"],
     ["strategies"], ["data"], ["packing"], ["losses"], ["evaluate"], ["scoring"], ["mmlu", "mt_bench"],
     ["grouping"], ["fleet"], ["capacity", "chooser"],
     ["client", "clock", "budget"], ["steps"], ["member"], ["loop"], ["cohort"], ["group"], ["stream"], ["inbox"], ["server"],
