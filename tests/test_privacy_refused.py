@@ -83,8 +83,9 @@ def test_the_config_section():
     from flora.sections import PrivacyConfig
 
     assert PrivacyConfig(clip=1.0, epsilon=8.0).level == "client"
-    for bad, message in (({"epsilon": None}, "got neither"), ({"noise_multiplier": 1.0}, "got both"), ({"clip": 0.0}, "greater than 0"),
-                         ({"delta": 1.0}, "less than 1"), ({"level": "example", "rank": 3}, "rank is of level client"),
+    for bad, message in (({"epsilon": None}, "got neither"), ({"noise_multiplier": 1.0}, "got both"),
+                         ({"clip": 0.0}, "greater than 0"), ({"delta": 1.0}, "less than 1"),
+                         ({"level": "example", "rank": 3}, "rank is of level client"),
                          ({"sigma": 1.0}, "Extra inputs"), ({"clip": math.inf}, "finite")):
         with pytest.raises(ValidationError, match=message):
             PrivacyConfig(**{"clip": 1.0, "epsilon": 1.0, **bad})
