@@ -36,6 +36,7 @@ from flora.messages import Broadcast, Update
 from flora.nn import applied, target_shapes
 from flora.packed import MOST_CLIENTS, MOST_RANKS, Packed, joined
 from flora.packing import device_of, packable, traits_of
+from flora.per_example import digest
 from flora.seeds import derive
 from flora.versions import MergeConfig, bring_to
 from flora.whole import Whole, own_weights
@@ -184,7 +185,8 @@ class Cohort:
             client.max_steps or config.max_steps or math.ceil(config.num_train_epochs * epoch),
             client.learning_rate or config.learning_rate, derive(config.seed, client.name, version, "dropout"),
             list(self.shapes).index(next(iter(own))), _tokens_a_step(client.rows, size * accumulation, self._loss), list(own),
-            (self.optimizer_states or {}).get(client.name), f"{broadcast.run}/{client.name}/{version}")
+            (self.optimizer_states or {}).get(client.name),
+            f"{broadcast.run}/{client.name}/{version}/{digest(held)}" if config.example_clip else "")
 
     def _fit_group(self, members: Sequence[Member], broadcast: Broadcast, on_step: OnStep | None,
                    clock: Clock) -> dict[str, Trained]:

@@ -11,6 +11,7 @@ Neighbours: the same rows, of which one counts as zero. An example is in one ste
 number of rows decide, so ε is that of the Gaussian mechanism used once an epoch; no sampling is claimed to help.
 Reference: DP-SGD, arXiv 1607.00133; with A frozen, FFA-LoRA, arXiv 2403.12313, section 3.
 """
+import hashlib
 import math
 import secrets
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 import torch
 
 from flora import accountant
+from flora.adapter import Adapters
 from flora.client import TrainConfig
 from flora.data.batches import steps_per_epoch
 from flora.keystream import KEY_BYTES, normal
@@ -27,8 +29,9 @@ from flora.member import Member
 class Examples:
     """The clipped gradients of a step, summed client by client in fp64, and the noise on them.
 
-    The noise is drawn from config.example_key (None: from a key that nobody keeps) under the run, the client, the version and the
-    step, so that a step taken again has the same. The parameters of a member hold what the optimiser works on, and its gradients.
+    The noise is drawn from config.example_key (None: from a key that nobody keeps) under the run, the client, the version, the
+    start that was sent and the step: a step taken again has the same, one from another start has another. The parameters of a
+    member hold what the optimiser works on, and its gradients.
     """
 
     def __init__(self, members: Sequence[Member], config: TrainConfig):
@@ -58,6 +61,16 @@ class Examples:
             total.add_(drawn.view(total.shape).to(total.device), alpha=self.noise)
         for p, total in zip(member.parameters, totals, strict=True):
             p.grad = (total / self.batch).to(p.dtype)
+
+
+def digest(start: Adapters | None) -> str:
+    """A hash of where training starts: a server that sends two starts as one version must not get the same noise twice."""
+    found = hashlib.sha256()
+    for name, a in sorted((start or {}).items()):
+        found.update(f"{name}/{a.A.dtype}/{tuple(a.A.shape)}/{tuple(a.B.shape)}/".encode())
+        for t in (a.A, a.B, a.scale):
+            found.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def uses_in_a_round(num_rows: int, config: TrainConfig, max_steps: int | None = None) -> int:

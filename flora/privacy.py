@@ -153,10 +153,6 @@ def delta_norm(a: Adapter) -> tuple[float, float]:
     return float((R_B @ R_A.T).norm()), ROUNDING * float(R_B.norm()) * float(R_A.norm())
 
 
-def _finite(a: Adapter) -> bool:
-    return all(bool(torch.isfinite(t).all()) for t in (a.A, a.B, a.scale))
-
-
 Facts = tuple[ClientPrivacy, Population, _Noise]
 
 
@@ -167,9 +163,7 @@ def _release_deltas(updates: Sequence[Update], sent: Broadcast, facts: Facts) ->
     if sent.start is not None or sent.train != "AB":
         raise StrategyError('flora: expected clients that start from fresh adapters; got a start. The guarantee is not proven for '
                             'start "warm" or "shared": leave start out.')
-    good = [all(map(_finite, u.adapters.values())) for u in updates]
-    factors = [clip_factor([delta_norm(a) for a in u.adapters.values()], privacy.clip) if fine else 0.0
-               for u, fine in zip(updates, good, strict=True)]
+    factors = [clip_factor([delta_norm(a) for a in u.adapters.values()], privacy.clip) for u in updates]
     rank = privacy.rank or math.ceil(population.fraction * sum(population.ranks))
     merge = {}
     for name, shape in population.shapes.items():

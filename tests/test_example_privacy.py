@@ -14,7 +14,7 @@ from flora.errors import ConfigError
 from flora.keystream import normal
 from flora.losses import CausalLM
 from flora.nn import target_shapes
-from flora.per_example import Examples, epsilon, uses_in_a_round
+from flora.per_example import Examples, digest, epsilon, uses_in_a_round
 from flora.versions import resume_at
 
 SHAPES = target_shapes(llama(), TARGETS)
@@ -87,7 +87,7 @@ def test_it_is_one_backward_pass_an_example(changes):
 def test_noise_is_added_once_a_step_in_units_of_the_clip():
     config = replace(CONFIG, example_noise=0.7)
     count = sum(a.B.numel() for a in START.values())
-    Bs, _ = by_hand(client_of(), config, lambda step: 0.7 * 0.4 * normal(KEY, f"example/r/c0/0/{step}", (count,)))
+    Bs, _ = by_hand(client_of(), config, lambda step: 0.7 * 0.4 * normal(KEY, f"example/r/c0/0/{digest(START)}/{step}", (count,)))
     agree(fit(client_of(), config), Bs)
 
 
@@ -158,8 +158,8 @@ def test_a_step_without_labels_is_taken_on_noise():
     assert update.metrics["steps"] == 4
     count = sum(a.B.numel() for a in START.values())
     steps = gradients(rows, example_noise=1.0, max_steps=2)
-    assert torch.allclose(steps[0], 0.4 * normal(KEY, "example/r/c0/0/0", (count,)) / 3, atol=1e-12)
-    assert not torch.allclose(steps[1], 0.4 * normal(KEY, "example/r/c0/0/1", (count,)) / 3, atol=1e-6)
+    assert torch.allclose(steps[0], 0.4 * normal(KEY, f"example/r/c0/0/{digest(START)}/0", (count,)) / 3, atol=1e-12)
+    assert not torch.allclose(steps[1], 0.4 * normal(KEY, f"example/r/c0/0/{digest(START)}/1", (count,)) / 3, atol=1e-6)
     nothing = fit(client_of(rows=rows[:3]), config)
     assert nothing.metrics["steps"] == 2 and not same(nothing.adapters, START)
 
@@ -188,6 +188,8 @@ def test_noise_is_of_the_key_the_client_the_run_and_the_step():
     noises = [gradients(rows, **loud, example_key=key)[0] - still for key in (KEY, bytes(32), None, None)]
     noises += [gradients(rows, None, where, **loud)[0] - still for where in (
         (replace(SENT, version=1), "c0"), (replace(SENT, run="s"), "c0"), (SENT, "c1"))]
+    other = {n: replace(a, B=a.B * (1 + 1e-13)) for n, a in START.items()}        # the same to the eye, and another start
+    noises.append(gradients(rows, None, (replace(SENT, start=other), "c0"), **loud)[0] - still)
     noises.append(gradients(rows, example_noise=2.0, learning_rate=1e-12, max_steps=2)[1] - still)
     for i, one in enumerate(noises):
         assert float(one.std()) == pytest.approx(2.0 * 0.4 / 3, abs=5 * 2.0 * 0.4 / 3 / math.sqrt(2 * count))

@@ -203,10 +203,10 @@ def test_noise_is_of_the_key_the_run_and_the_round_alone():
 
 def test_blocks_of_noise_differ(monkeypatch):
     """A layer larger than a block has as much noise as its numbers, not the same block again."""
-    monkeypatch.setattr("flora.privacy.BLOCK", 30)
+    monkeypatch.setattr("flora.privacy.BLOCK", 13)
     sent, _ = round_of("ffa")
     B = released("ffa", [], sent, ClientPrivacy(1.0, 1.0)).start["blocks.0.q"].B.T.flatten()
-    assert len(B) == 39 and len(set(B.tolist())) == 39 and float((B[:9] - B[30:]).abs().min()) > 1e-4
+    assert len(B) == 39 and len(set(B.tolist())) == 39 and float((B[:13] - B[26:]).abs().min()) > 1e-4
 
 
 @pytest.mark.parametrize("name", PROVEN)
@@ -237,6 +237,8 @@ def test_fedsvd_is_an_svd_of_the_release_of_ffa():
     for n in LAYERS:
         assert float((dense(one[n]) - dense(other[n])).norm()) < 1e-5 * float(dense(other[n]).norm())
         assert torch.allclose(one[n].A @ one[n].A.T, torch.eye(RANK), atol=1e-5)
+        squares = one[n].B.T @ one[n].B
+        assert float((squares - squares.diag().diag()).abs().max()) < 1e-4 * float(squares.max())
 
 
 def test_a_rank_that_some_clients_lack_counts_as_zero_by_the_public_ranks():
