@@ -1,7 +1,7 @@
-"""The parts of a run's settings that have keys of their own: partition, groups, fleet."""
+"""The parts of a run's settings that have keys of their own: partition, groups, fleet, privacy."""
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 
 class Strict(BaseModel):
@@ -78,3 +78,29 @@ class MemoryConfig(Strict):
     """The frozen base, in 10^6 bytes."""
     activation_mb: Annotated[float, Field(ge=0)] = 0.0
     """What a trained block keeps for its backward pass."""
+
+
+class PrivacyConfig(Strict):
+    """Differential privacy: of whole clients (noise by the server), or of each example of a client (noise by the client)."""
+
+    level: Literal["client", "example"] = "client"
+    """Whose part is hidden: client, everything that a client has; example, one row of a client."""
+    clip: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """The norm that a client's update, or an example's gradient, has at most."""
+    noise_multiplier: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Noise in units of clip; or give epsilon."""
+    epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """What the whole run may cost; the noise is worked out from it."""
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """Of (epsilon, delta): well under 1 / clients, or 1 / rows of a client."""
+    rank: PositiveInt | None = None
+    """Strategy flora: ranks that are sent of a layer's noisy sum (left out: as many as the clients expected in a round have)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "PrivacyConfig":
+        if (self.noise_multiplier is None) == (self.epsilon is None):
+            raise ValueError("privacy: expected noise_multiplier or epsilon; got " + ("both. Leave one out" if self.epsilon else
+                             "neither. Give epsilon for the whole run"))
+        if self.rank is not None and self.level == "example":
+            raise ValueError("privacy.rank is of level client, whose noisy sum is compressed; leave it out")
+        return self

@@ -8,18 +8,19 @@ import pytest
 from tiny import ROOT
 
 LAYERS = [
-    ["seeds", "files", "errors", "allocator", "parallel", "sections", "consistency"], ["config", "keystream"], ["checks"],
-    ["segments", "memory"],
+    ["seeds", "files", "errors", "allocator", "parallel", "sections", "consistency"],
+    ["config", "keystream", "accountant"], ["checks"], ["segments", "memory"],
     ["kernels.reference", "kernels.native", "kernels.triton"], ["kernels"], ["library"], ["merges"], ["ops"],
     ["adapter"], ["frames"],
     ["layer"], ["shared"], ["targets"],
     ["nn"], ["adaptive"], ["forms"], ["packed", "whole"], ["wire"], ["messages"], ["downlink"], ["versions"], ["formats"],
     ["ring", "masking", "sketch"], ["unmasking"], ["secure"],
-    ["strategies"], ["data"], ["packing"], ["losses"], ["evaluate"], ["scoring"], ["mmlu", "mt_bench"],
+    ["strategies"], ["proven"], ["privacy"], ["data"], ["packing"], ["losses"], ["evaluate"], ["scoring"], ["mmlu", "mt_bench"],
     ["grouping"], ["fleet"], ["capacity", "chooser"],
-    ["client", "clock", "budget"], ["steps"], ["member"], ["loop"], ["cohort"], ["group"], ["stream"], ["inbox"], ["server"],
+    ["client", "clock", "budget"], ["steps"], ["member"], ["per_example"], ["loop"], ["cohort"], ["group"], ["stream"], ["inbox"],
+    ["server"],
     ["checkpoint"], ["report"], ["spread"], ["timing"], ["tables", "plots"],
-    ["engines.scores"], ["engines.prepare"], ["engines.hierarchy"], ["engines.traffic"],
+    ["engines.scores"], ["engines.guards"], ["engines.prepare"], ["engines.hierarchy"], ["engines.traffic"],
     ["engines.measure", "engines.plan"], ["engines.local", "engines.flower", "engines.nvflare"], ["engines"],
     ["integrations"], ["doctor", "tuning", "shards", "comparison", "verification", "skew"], ["cli"]]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
