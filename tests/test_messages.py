@@ -1,11 +1,11 @@
 """The wire: what goes in comes out bit for bit, and whatever else comes raises MessageError and nothing else."""
-import hashlib
 import json
 import struct
 
 import pytest
 import safetensors.torch
 import torch
+from forge import join, split
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import adapter, same
@@ -23,25 +23,6 @@ def small_update():
 
 
 SMALL = encode(small_update())
-
-
-def split(raw):
-    """(header as a dict, flora's fields as a dict, tensor bytes)."""
-    size = struct.unpack("<Q", raw[:8])[0]
-    header = json.loads(raw[8:8 + size])
-    return header, json.loads(header["__metadata__"]["flora"]), raw[8 + size:]
-
-
-def join(header, fields, body, sign=True):
-    """A message of these parts, by the format's description alone; sign: with the digest that a liar would compute."""
-    table = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    if sign:
-        fields = {k: v for k, v in fields.items() if k != "digest"}
-        digest = hashlib.sha256(json.dumps([fields, table], sort_keys=True).encode() + body).hexdigest()
-        fields = {**fields, "digest": digest}
-    text = json.dumps({"__metadata__": {"flora": json.dumps(fields, sort_keys=True)}, **table}).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + body
 
 
 def refused(raw, match=None, **options):
