@@ -44,9 +44,12 @@ def require(good: bool, expected: str, got: object, error: type[MessageError] = 
 
 def largest(name: str, tensor: torch.Tensor) -> float:
     """max |t|, in one pass and without a copy. Raises MessageValueError where a number is not finite."""
-    flat, top = tensor.detach().reshape(-1), 0.0
-    small = tensor.element_size() == 1                           # torch knows no order of 8-bit floats: a few of them at a time
-    for part in (p.float() for p in flat.split(CHUNK)) if small else (flat,) if len(flat) else ():
+    once, top = tensor.detach(), 0.0
+    for dimension, stride in enumerate(once.stride()):           # zeros that a stranger claims are one number: it is read once
+        once = once.narrow(dimension, 0, 1) if stride == 0 and once.shape[dimension] > 1 else once
+    small = once.element_size() == 1                             # torch knows no order of 8-bit floats: a few of them at a time
+    parts = (p.float() for p in once.reshape(-1).split(CHUNK)) if small else (once,)
+    for part in parts if once.numel() else ():
         low, high = (float(x) for x in torch.aminmax(part))      # NaN where there is one
         require(math.isfinite(low) and math.isfinite(high), f"finite numbers in {name}",
                 f"{name} of {tensor.dtype} with NaN or infinity", MessageValueError)
