@@ -29,15 +29,14 @@ from flora.errors import RunError
 from flora.files import safe_name, staged, write_text
 from flora.formats import save_peft
 from flora.group import concatenated, leaves
-from flora.messages import Broadcast, Limits, Update, decode, encode
+from flora.limits import UNLIMITED
+from flora.messages import Broadcast, Update, decode, encode
 from flora.nn import accumulated, residuals
 from flora.server import Server
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
-OWN = Limits(max_bytes=1 << 62, max_header_bytes=1 << 40, max_rank=1 << 40)     # what this program wrote itself, it reads
 STATES = ("running", "interrupted", "failed", "finished")
 
 
@@ -187,13 +186,13 @@ class RunFolder:
         if not folders:
             return None
         folder = max(folders, key=lambda f: int(f.name))
-        broadcast = decode((folder / "broadcast.safetensors").read_bytes(), limits=OWN)
-        home = [decode(file.read_bytes(), limits=OWN) for file in sorted(folder.glob("home-*.safetensors"))]
+        broadcast = decode((folder / "broadcast.safetensors").read_bytes(), limits=UNLIMITED)
+        home = [decode(file.read_bytes(), limits=UNLIMITED) for file in sorted(folder.glob("home-*.safetensors"))]
         base = folder / "base"
         rest, beside = folder / "residuals.safetensors", folder / "beside.safetensors"
         return Resumed(int(folder.name), broadcast, base if base.exists() else None, {u.client: u.adapters for u in home},
                        safetensors.torch.load_file(rest) if rest.exists() else {},
-                       decode(beside.read_bytes(), limits=OWN).merge if beside.exists() else {},
+                       decode(beside.read_bytes(), limits=UNLIMITED).merge if beside.exists() else {},
                        **json.loads((folder / "clients.json").read_text()), optimizers=_moments(folder))
 
     def save_model(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", base_model: str) -> Path:

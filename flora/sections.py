@@ -1,7 +1,9 @@
-"""The parts of a run's settings that have keys of their own: partition, groups, fleet, privacy."""
+"""The parts of a run's settings that have keys of their own: partition, groups, fleet, privacy, limits."""
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+from flora.limits import Limits
 
 
 class Strict(BaseModel):
@@ -104,3 +106,41 @@ class PrivacyConfig(Strict):
         if self.rank is not None and self.level == "example":
             raise ValueError("privacy.rank is of level client, whose noisy sum is compressed; leave it out")
         return self
+
+
+class LimitsConfig(Strict):
+    """What a message may be before its receiver refuses it (flora.messages.Limits)."""
+
+    max_message_mb: PositiveFloat = Limits.max_bytes / 1e6
+    """A message, in 10^6 bytes."""
+    max_header_mb: PositiveFloat = Limits.max_header_bytes / 1e6
+    """Its header: names, fields, the table of tensors. Reading it takes up to thirty times as much."""
+    max_decoded_mb: PositiveFloat = Limits.max_decoded_bytes / 1e6
+    """All its tensors, those included that the receiver makes: zeros, factors it holds, frames."""
+    max_layers: PositiveInt = Limits.max_layers
+    """Layers."""
+    max_rank: PositiveInt = Limits.max_rank
+    """The rank of a layer's adapter; of a stack that comes down, the sum over the clients."""
+    max_total_rank: PositiveInt = Limits.max_total_rank
+    """The sum over the layers."""
+    max_examples: PositiveInt = Limits.max_examples
+    """Rows that a client may claim to have trained on: its weight in the average."""
+    max_metrics: Annotated[int, Field(ge=0)] = Limits.max_metrics
+    """Metrics of an update."""
+    max_name: PositiveInt = Limits.max_name
+    """Characters in the name of a layer, client, run or metric."""
+    max_frame_mb: PositiveFloat = Limits.max_frame_bytes / 1e6
+    """Fixed factors that the receiver makes for the cores of a message (Fed-SB)."""
+    max_frame_gmac: PositiveFloat = Limits.max_frame_work / 1e9
+    """10^9 multiply-adds that making them takes; about one a second on a core."""
+    dtypes: tuple[Literal["F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2"], ...] = Limits.dtypes
+    """Of factors, named as safetensors does."""
+
+    def limits(self) -> Limits:
+        """These, as flora.messages.decode takes them."""
+        return Limits(
+            max_bytes=round(self.max_message_mb * 1e6), max_header_bytes=round(self.max_header_mb * 1e6),
+            max_decoded_bytes=round(self.max_decoded_mb * 1e6), max_layers=self.max_layers, max_rank=self.max_rank,
+            max_total_rank=self.max_total_rank, max_examples=self.max_examples, max_metrics=self.max_metrics,
+            max_name=self.max_name, max_frame_bytes=round(self.max_frame_mb * 1e6),
+            max_frame_work=round(self.max_frame_gmac * 1e9), dtypes=self.dtypes)

@@ -8,13 +8,13 @@ import pytest
 from tiny import ROOT
 
 LAYERS = [
-    ["seeds", "files", "errors", "allocator", "parallel", "sections", "consistency"],
+    ["seeds", "files", "errors", "allocator", "parallel", "limits", "consistency"], ["sections"],
     ["config", "keystream", "accountant"], ["checks"], ["segments", "memory"],
     ["kernels.reference", "kernels.native", "kernels.triton"], ["kernels"], ["library"], ["merges"], ["ops"],
     ["adapter"], ["frames"],
     ["layer"], ["shared"], ["targets"],
-    ["nn"], ["adaptive"], ["forms"], ["packed", "whole"], ["wire"], ["messages"], ["downlink"], ["versions"], ["formats"],
-    ["ring", "masking", "sketch"], ["unmasking"], ["secure"],
+    ["nn"], ["adaptive"], ["forms"], ["packed", "whole"], ["wire", "exchange"], ["reading"], ["messages"],
+    ["downlink"], ["versions"], ["formats"], ["ring", "masking", "sketch"], ["unmasking"], ["secure"],
     ["strategies"], ["proven"], ["privacy"], ["data"], ["packing"], ["losses"], ["evaluate"], ["scoring"], ["mmlu", "mt_bench"],
     ["grouping"], ["fleet"], ["capacity", "chooser"],
     ["client", "clock", "budget"], ["steps"], ["member"], ["per_example"], ["loop"], ["cohort"], ["group"], ["stream"], ["inbox"],
