@@ -80,7 +80,8 @@ class RunFolder:
             if not state:
                 raise RunError(f"expected a run to resume at {self.path}; got a folder without run.json")
             if state["state"] == "finished":
-                _drop(self.path / "checkpoint")                 # a process killed between its last two acts left it
+                _drop(self.path / "checkpoint")                 # a process that was killed in its last act left it
+                sweep(self.path)
                 raise RunError(f"the run at {self.path} is finished ({state['rounds_done']} rounds); there is nothing to resume. "
                                "Start another with its own output_dir.")
         elif state and not overwrite and self._holds_work():
