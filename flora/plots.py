@@ -55,8 +55,10 @@ def _seconds(entry: Mapping[str, Any]) -> dict[int, float]:
 
 def _line(panel: Any, by_round: Mapping[int, Mapping[str, Any]], factor: float, number: int, name: str,
           seconds: Mapping[int, float] | None) -> None:
-    """The means, and a band where a spread is known; a round that diverged leaves a gap at the end of its line."""
-    points = [(done, found) for done, found in sorted(by_round.items()) if found["mean"] is not None]
+    """The means over the seeds, and a band where a spread is known; a round that diverged, or that some seeds do not have, leaves a
+    gap at the end of its line."""
+    most = max((found["count"] for found in by_round.values()), default=0)
+    points = [(done, found) for done, found in sorted(by_round.items()) if found["mean"] is not None and found["count"] == most]
     colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
     means = [factor * found["mean"] for _, found in points]
     half = [factor * (found["sd"] or 0.0) for _, found in points]

@@ -9,14 +9,17 @@ from torch import Tensor
 from flora.adapter import Adapter, Adapters, fresh_adapters, truncate
 from flora.client import LocalClient
 from flora.downlink import Downlink, lighter
-from flora.errors import FloraError, StrategyError
+from flora.errors import FloraError, MessageError, StrategyError
 from flora.group import Group, concatenated, groups_in, leaves, refuse_rule
+from flora.inbox import Inbox, Trust
 from flora.messages import Broadcast, Update
 from flora.seeds import derive
 from flora.strategies import aggregate, strategy_named
+from flora.strategies.robust import Sifted, sift
 from flora.stream import Stream
 
 HISTORY = 4
+NOTHING_SIFTED = Sifted([], {}, {})
 
 
 class Server:
@@ -30,14 +33,14 @@ class Server:
     the start that the round trained from).
     stream: takes updates in as they come, in bounded memory, with strategy flora; sums then depend on the order of arrival in
     their last bits, and the stream's own weighting holds. downlink: the form in which merges are sent (None: the stack).
-    shapes: (out, in) of the layers, by name. downlink_error: relative error of the downlink in the last round; before: the
-    broadcast that was due before this one.
+    shapes: (out, in) of the layers, by name. trust: what it takes from its clients. downlink_error: relative error of the downlink
+    in the last round; before: the broadcast that was due before this one; sifted: what trust.robust made of the last round.
     """
 
     def __init__(self, strategy: str, clients: Sequence[LocalClient | Group], broadcast: Broadcast, fraction: float = 1.0,
                  weighting: str = "examples", seed: int = 0, stream: Stream | None = None,
                  options: Mapping[str, object] | None = None, downlink: Downlink | None = None,
-                 shapes: Mapping[str, tuple[int, int]] | None = None):
+                 shapes: Mapping[str, tuple[int, int]] | None = None, trust: Trust | None = None):
         self.strategy = strategy_named(strategy)
         refuse_rule(self.strategy, clients)
         if stream is not None and strategy != "flora":
@@ -50,9 +53,9 @@ class Server:
         self.broadcast, self.stream, self.options = broadcast, stream, dict(options or {})
         self.downlink, self.downlink_error = downlink or Downlink(), 0.0
         self.before: Broadcast | None = None
-        self.shapes = dict(shapes or {})
-        self._received: dict[str, Update] = {}
-        self._place = {client.name: i for i, client in enumerate(self.clients)}
+        self.shapes, self.trust, self.sifted = dict(shapes or {}), trust or Trust(), NOTHING_SIFTED
+        self._refuse_trust()
+        self._inbox = self._new_inbox()
         self._merges: dict[int, Adapters] = {}
         self._layers: set[str] = set()                          # that any broadcast has changed
         self._remember(broadcast)
@@ -63,54 +66,100 @@ class Server:
         chosen = random.Random(derive(self.seed, "sample", number)).sample(range(len(self.clients)), count)
         return [self.clients[i] for i in sorted(chosen)]
 
-    def receive(self, update: Update) -> None:
-        """Takes in one update of the round that is open. Raises StrategyError, and takes in nothing of it, for an update of another
-        base version, of an unknown client, or a second one of a client."""
-        who, have = update.client, self.stream.clients if self.stream else self._received
-        if who in have or who not in self._place:
-            raise StrategyError(f"expected one update from each of this run's clients at most; got {who!r}, which "
-                                f"{'has sent one already' if who in have else 'is not among them'}. Leave it out.")
-        if update.base_version != self.broadcast.version:
-            raise StrategyError(f"expected updates trained on version {self.broadcast.version} of the base; got others from "
-                                f"{who} (version {update.base_version}). Leave them out of the round.")
+    def receive(self, update: Update | bytes, sender: str | None = None) -> None:
+        """Takes in one update of the round that is open, or its bytes. sender: who it came from (None: who it says).
+
+        Raises StrategyError or MessageError, and takes in nothing of it, for what the round must not get: another base version, an
+        unknown client or a second update of one, other layers, shapes or ranks, numbers that are not finite (inbox.py).
+        """
+        self._inbox.add(update, self.broadcast, sender)
         if self.stream:
-            self.stream.add(update)
-        else:
-            self._received[who] = update
+            name, taken = self._inbox.updates.popitem()
+            self.stream.add(taken)
+            self._inbox.done.add(name)
+
+    def take(self, arrived: Mapping[str, Update | bytes]) -> dict[str, str]:
+        """Receives what came from each of these clients; gives the reasons of those that were refused, by client."""
+        refused = {}
+        for name, message in arrived.items():
+            try:
+                self.receive(message, name)
+            except (StrategyError, MessageError) as error:
+                refused[name] = str(error)
+        return refused
+
+    def short(self) -> str:
+        """Why the open round cannot be closed: too few updates; "" where it can."""
+        count = len(self.stream.clients if self.stream else self._inbox.updates)
+        if count < self.trust.min_clients:
+            return f"expected answers of at least {self.trust.min_clients} clients (min_clients); got {count}"
+        robust = self.trust.robust
+        if robust is not None and count < robust.needs(count):
+            return f"expected at least {robust.needs(count)} answers for robust {robust.how} to judge {count} by; got {count}"
+        return ""
 
     def discard(self) -> None:
         """Forgets what the open round has received: it failed. The base and the broadcast are as they were."""
-        self._received = {}
+        self._inbox = self._new_inbox()
         if self.stream:
             self.stream.discard()
 
     def close(self, updates: Sequence[Update] = (), weights: Mapping[str, Tensor] | None = None) -> Broadcast:
-        """Aggregates what was received, and these, into the next broadcast. Without any (all failed) the broadcast stays.
+        """Aggregates what was received, and these, into the next broadcast. Where that is too little (short), the broadcast stays,
+        and the round is forgotten.
 
         weights: the base's by layer, before this merge, for a downlink that may send them. Raises StrategyError as receive does;
         then nothing of these counts, and what was received before is still there.
         """
         if self.stream:
             return self._close_stream(updates)
-        before = dict(self._received)
+        before = dict(self._inbox.updates)
         try:
             for update in updates:
                 self.receive(update)
-            if not self._received:
+            if self.short():
+                self.discard()
                 return self.broadcast
-            ordered = sorted(self._received.values(), key=lambda update: self._place[update.client])
-            following = aggregate(ordered, self.strategy.name, **self._facts(), **self.options)
+            sifted = self._sift()
+            following = aggregate(sifted.updates, self.strategy.name, **self._facts(), **self.options)
             following, error = lighter(replace(following, run=self.broadcast.run), self.downlink, weights)
         except FloraError:
-            self._received = before
+            self._inbox.updates = before
             raise
-        self._received, self.downlink_error = {}, error
+        self.downlink_error, self.sifted = error, sifted
+        self.discard()
         return self._send(following)
+
+    def _new_inbox(self) -> Inbox:
+        return Inbox(self.clients, self.shapes, self.strategy, self.options, self.trust)
+
+    def _refuse_trust(self) -> None:
+        """Raises StrategyError for what this strategy cannot be guarded by."""
+        trust = self.trust
+        if trust.robust is not None:
+            trust.robust.refuse(self.strategy)
+        if self.stream is not None and (trust.robust is not None or trust.staleness is not None):
+            raise StrategyError("expected neither robust nor staleness with a stream, which forgets what it has summed; got one of "
+                                "them. Leave the stream out.")
+        weighs = "weights" in self.strategy.options and isinstance(self.weighting, str)
+        if trust.staleness is not None and not (weighs and self.broadcast.train == "AB" and not self.strategy.home):
+            raise StrategyError("staleness: expected a strategy that weighs clients and trains both factors in every round; got "
+                                f"{self.strategy.name}, weighting {self.weighting}. Leave late updates out (late: drop).")
+
+    def _sift(self) -> Sifted:
+        """The updates of the round in the clients' order, those that are late at their weight, and judged together."""
+        place = {client.name: i for i, client in enumerate(self.clients)}
+        late = self.trust.staleness is not None
+        have = self._inbox.weighed(self.weighting, self.broadcast) if late else [*self._inbox.updates.values()]
+        ordered = sorted(have, key=lambda update: place[update.client])
+        robust = self.trust.robust
+        return Sifted(ordered, {}, {}) if robust is None else sift(ordered, robust, self.broadcast.start)
 
     def _facts(self) -> dict[str, object]:
         """The options of the strategy that the run itself decides, but for those that were given."""
         clients = leaves(self.clients)
-        facts = {"weights": self.weighting, "ranks": [client.rank for client in clients], "seed": self.seed,
+        late = self.trust.staleness is not None                 # _sift has weighed them
+        facts = {"weights": "examples" if late else self.weighting, "ranks": [client.rank for client in clients], "seed": self.seed,
                  "scale": sum(client.alpha / client.rank for client in clients) / len(clients),
                  "sent": self.broadcast.start}
         return {name: fact for name, fact in facts.items() if name in self.strategy.options and name not in self.options}
@@ -156,7 +205,11 @@ class Server:
         except FloraError:
             self.discard()
             raise
-        return self._send(self.stream.close()) if self.stream.clients else self.broadcast
+        if self.short():
+            self.discard()
+            return self.broadcast
+        self._inbox = self._new_inbox()
+        return self._send(self.stream.close())
 
     def _send(self, broadcast: Broadcast) -> Broadcast:
         """Makes this the broadcast that is due; remembers merges, up to HISTORY times the numbers in the weights they are for."""

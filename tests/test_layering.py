@@ -15,8 +15,8 @@ LAYERS = [
     ["nn"], ["adaptive"], ["forms"], ["packed", "whole"], ["wire"], ["messages"], ["downlink"], ["versions"], ["formats"],
     ["strategies"], ["data"], ["packing"], ["losses"], ["evaluate"], ["scoring"], ["mmlu", "mt_bench"],
     ["grouping"], ["fleet"], ["capacity", "chooser"],
-    ["client", "clock", "budget"], ["steps"], ["member"], ["loop"], ["cohort"], ["group"], ["stream"], ["server"], ["snapshot"],
-    ["checkpoint"], ["report"], ["spread"], ["timing"], ["tables", "plots"],
+    ["client", "clock", "budget"], ["steps"], ["member"], ["loop"], ["cohort"], ["group"], ["stream"], ["inbox"], ["server"],
+    ["snapshot"], ["checkpoint"], ["report"], ["spread"], ["timing"], ["tables", "plots"],
     ["engines.scores"], ["engines.prepare"], ["engines.hierarchy"], ["engines.traffic"],
     ["engines.measure", "engines.plan"], ["engines.local", "engines.flower", "engines.nvflare"], ["engines"],
     ["integrations"], ["doctor", "tuning", "shards", "comparison", "verification", "skew"], ["cli"]]

@@ -4,15 +4,15 @@ import math
 import pytest
 import torch
 
-from benchmarks.papers import communication, hierarchy, tables, toy
+from benchmarks.papers import classifier, communication, hierarchy, tables, toy
 from benchmarks.papers.run import HERE, experiments, read
 from flora.comparison import planned
 from flora.config import load, parse
 from flora.engines.prepare import check
 
 _draw = torch.Generator().manual_seed(0)
-NOISE = hierarchy.Tweets(torch.randn(6400, 8, generator=_draw), torch.randint(3, (6400,), generator=_draw),
-                         torch.arange(6400) % 8 == 1)
+NOISE = classifier.Tweets(torch.randn(6400, 8, generator=_draw), torch.randint(3, (6400,), generator=_draw),
+                          torch.arange(6400) % 8 == 1)
 
 
 @pytest.mark.parametrize("scale", ["cpu", "gpu"])
@@ -59,8 +59,9 @@ def test_the_communication_table_says_whose_bytes():
 
 def test_the_fleets_runs_end_with_their_time(monkeypatch):
     """Groups, chooser and clock on a classifier of noise in the place of the tweets."""
-    monkeypatch.setattr(hierarchy, "tweets", lambda: NOISE)
-    net = hierarchy.Classifier(8)
+    for module in (classifier, hierarchy):
+        monkeypatch.setattr(module, "tweets", lambda: NOISE)
+    net = classifier.Classifier(8)
     monkeypatch.setattr(hierarchy, "base", net.state_dict)
     found = {entry: hierarchy.run(entry, 1.0, 0, 13.0, 1e-3) for entry in ("flora", "HierFedLoRA", "averages inside")}
     for entry, points in found.items():

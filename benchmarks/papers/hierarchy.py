@@ -8,27 +8,24 @@ hierfedlora/common.yaml take, so the shares of transfer and training are those o
 seconds.
 """
 import argparse
-import functools
-import hashlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from benchmarks.measure import device_name
+from benchmarks.papers.classifier import BLOCKS, LABELS, TARGETS, Classifier, Labels, base, scores, tweets
 from benchmarks.papers.run import RESULTS
 from flora import skew as labels
 from flora.client import LocalClient, TrainConfig
 from flora.cohort import Cohort
 from flora.config import RunConfig, parse
-from flora.data import Partition, load_model, load_rows, load_tokenizer, partition
-from flora.data.batches import Batch
+from flora.data import Partition, partition
 from flora.downlink import Downlink
 from flora.engines.hierarchy import hierarchy_of
 from flora.engines.traffic import Traffic
@@ -42,9 +39,7 @@ from flora.tables import Page, clock
 from flora.timing import by_clock
 from flora.versions import bring_to
 
-BLOCKS, INNER, RANK, STEPS, ROWS, HELD, PUBLIC = 4, 288, 4, 5, 4, 20, 64
-TARGETS = ("up", "down")
-LABELS = ("negative", "neutral", "positive")
+RANK, STEPS, ROWS, HELD = 4, 5, 4, 20
 FLEET = [{"name": "phone", "count": 40, "seconds_per_layer_step": 0.06, "memory_mb": 2000, "up_mbps": 5, "down_mbps": 20,
           "jitter": 0.2},
          {"name": "laptop", "count": 30, "seconds_per_layer_step": 0.02, "memory_mb": 8000, "up_mbps": 20, "down_mbps": 80,
@@ -65,89 +60,6 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 TUNED = (*METHODS, "averages inside")
 DOCS = RESULTS.parents[1] / "docs"
 PUBLISHED = RESULTS / device_name() / "papers" / "hierarchy.json"
-
-
-class Block(nn.Module):
-    """x + down(relu(up(norm(x))))."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.up, self.down = nn.Linear(width, INNER, bias=False), nn.Linear(INNER, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.relu(self.up(self.norm(x))))
-
-
-class Classifier(nn.Module):
-    """Of a mean of embeddings, (n, width), the logits of the labels."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.blocks, self.head = nn.ModuleList([Block(width) for _ in range(BLOCKS)]), nn.Linear(width, len(LABELS))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-
-class Labels:
-    """The cross-entropy of a row {"x", "y"} as a client's loss."""
-    packs = False
-
-    def sequences(self, row: Mapping) -> Sequence[Mapping]:
-        return ({"input_ids": [0], "labels": [-100]},)
-
-    def terms(self, row: Mapping) -> int:
-        return 1
-
-    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        x, y = (torch.stack([row[name] for row in batch.rows]) for name in ("x", "y"))
-        return F.cross_entropy(model(x), y, reduction="none")
-
-
-@dataclass(frozen=True)
-class Tweets:
-    """x: (rows, width), scaled by the public rows; y: (rows,), labels; public: rows that no client has."""
-    x: Tensor
-    y: Tensor
-    public: Tensor
-
-
-@functools.cache
-def tweets() -> Tweets:
-    rows = load_rows("tweets")
-    texts = [row["prompt"].partition("Tweet: ")[2] for row in rows]
-    weight = load_model("smollm2-135m", torch.float32, 1).get_input_embeddings().weight.detach()
-    tokens = load_tokenizer("smollm2-135m")(texts)["input_ids"]
-    x = F.embedding_bag(torch.tensor([t for row in tokens for t in row]), weight,
-                        torch.tensor([0, *map(len, tokens)]).cumsum(0)[:-1], mode="mean")
-    known = [int(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), 16) % PUBLIC == 0 for text in texts]
-    public = torch.tensor(known)
-    return Tweets((x - x[public].mean(0)) / x[public].std(0), torch.tensor([LABELS.index(row["label"]) for row in rows]), public)
-
-
-@functools.cache
-def base() -> dict[str, Tensor]:
-    """The classifier's weights after one epoch of the public tweets."""
-    data, draw = tweets(), torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
-    net, indices = Classifier(data.x.shape[1]), data.public.nonzero()[:, 0]
-    optimizer = torch.optim.AdamW(net.parameters(), 1e-4)
-    for some in indices[torch.randperm(len(indices), generator=draw)].split(32):
-        optimizer.zero_grad()
-        F.cross_entropy(net(data.x[some]), data.y[some]).backward()
-        optimizer.step()
-    return net.state_dict()
-
-
-def scores(model: nn.Module, indices: Tensor) -> tuple[float, float]:
-    """(mean loss, accuracy) on these rows."""
-    data = tweets()
-    with torch.no_grad():
-        logits = model(data.x[indices])
-    return float(F.cross_entropy(logits, data.y[indices])), float((logits.argmax(1) == data.y[indices]).float().mean())
 
 
 def run(entry: str, skew: float, seed: int, seconds: float, rate: float) -> list[dict]:

@@ -80,7 +80,7 @@ classifier on SmolLM2's embeddings in the place of a language model (benchmarks/
 rank 4, 5 steps of 4 rows. Every method at its own best learning rate of 3e-4, 1e-3, 3e-3, 1e-2 (beside its name; found on seed 0 in
 half of the time; the parts of HierFedLoRA take its own). The plots are in [Groups of clients](hierarchical.md).
 
-Published: 1.6 to 4.2 points more and at least 2.1 times faster, on 80 devices (arXiv 2503.21213). Three seeds at 0.1, one at 0.5.
+Published: 1.6 to 4.2 points more and at least 2.1 times faster, on 80 devices (arXiv 2503.21213). Three seeds.
 """
 
 
