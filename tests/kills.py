@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import stat
 import subprocess
@@ -209,6 +210,19 @@ def to_the_end(runs, config, whole, most=3):
     assert sorted(files) == sorted(whole[0])
     assert [name for name in files if files[name] != whole[0][name]] == []
     assert rows == whole[1]
+
+
+def strike(runs, case, undisturbed, at, how):
+    """Strikes once, and goes on. An error of the disk is a RunError that says so. undisturbed: what that run said, and left."""
+    config, (said, whole) = runs.settings(f"struck-{case}", **CASES[case]), undisturbed
+    shutil.rmtree(config["output_dir"], ignore_errors=True)
+    what, struck = said["seen"][at], runs.run(config, at=at, how=how)
+    where = f"{how} at {at}: {what}"
+    assert struck["killed"] == (how in ("kill", "power")), where
+    assert not struck["error"] or struck["error"].startswith("RunError: cannot write to"), f"{where}: {struck['error']}"
+    told = {"ENOSPC": "the disk is full", "EIO": os.strerror(errno.EIO)}.get(how, "")
+    assert what in ("link", "remove", "rename") or told in struck["error"], f"{where}: {struck['error']}"
+    to_the_end(runs, config, whole)
 
 
 def spread(count, among, seed=0):

@@ -1,11 +1,10 @@
 """Runs that are killed, lose power or meet a disk that fails end, once resumed, as the run that nobody disturbed: bit by bit."""
-import errno
 import os
 import random
 import shutil
 
 import pytest
-from kills import CASES, WRITES, Runs, ended, finished, spread, to_the_end
+from kills import CASES, Runs, ended, finished, spread, strike, to_the_end
 
 from flora.files import LOCK, hold, release
 
@@ -44,23 +43,11 @@ def test_a_run_killed_and_killed_again_while_it_resumes_ends_at_the_same_bits(ru
     to_the_end(runs, config, whole)
 
 
-def strike(runs, undisturbed, case, at, how):
-    """Strikes once, and goes on. An error of the disk is a RunError, and what was on the way to the disk is lost."""
-    config, (said, whole) = runs.settings(f"struck-{case}", **CASES[case]), undisturbed(case)
-    shutil.rmtree(config["output_dir"], ignore_errors=True)
-    what, struck = said["seen"][at], runs.run(config, at=at, how=how)
-    assert struck["killed"] == (how in ("kill", "power"))
-    assert not struck["error"] or struck["error"].startswith("RunError: cannot write to"), struck["error"]
-    if how in ("EIO", "ENOSPC") and what in WRITES and what != "link":
-        assert "disk is full" in struck["error"] if how == "ENOSPC" else os.strerror(errno.EIO) in struck["error"], (what, struck)
-    to_the_end(runs, config, whole)
-
-
 @pytest.mark.parametrize("part", range(8))
 def test_wherever_it_is_struck_it_goes_on(runs, undisturbed, part):
     """A sample of all that a run does to its folder; `make soak` strikes at every one."""
     said, _ = undisturbed("flora")
-    strike(runs, undisturbed, "flora", spread(8, len(said["seen"]))[part], ("kill", "EIO", "power", "ENOSPC")[part % 4])
+    strike(runs, "flora", undisturbed("flora"), spread(8, len(said["seen"]))[part], ("kill", "EIO", "power", "ENOSPC")[part % 4])
 
 
 @pytest.mark.parametrize("part", range(4))
