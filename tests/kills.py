@@ -212,6 +212,26 @@ def to_the_end(runs, config, whole, most=3):
     assert rows == whole[1]
 
 
+def half(runs, case, undisturbed):
+    """A folder of a run that was killed in the middle, and what a resume of it does to it."""
+    said, _ = undisturbed
+    config = runs.settings(f"half-{case}", **CASES[case])
+    kept = Path(config["output_dir"] + "-kept")
+    assert runs.run(config, at=len(said["seen"]) // 2, how="power")["killed"]
+    shutil.copytree(config["output_dir"], kept)
+    seen = runs.go_on(config)["seen"]
+    return config, kept, seen
+
+
+def strike_resume(runs, halved, undisturbed, at):
+    """Power is lost at this point of the resume, and it is resumed again."""
+    config, kept, _ = halved
+    shutil.rmtree(config["output_dir"])
+    shutil.copytree(kept, config["output_dir"])
+    assert runs.go_on(config, at=at, how="power")["killed"]
+    to_the_end(runs, config, undisturbed[1])
+
+
 def strike(runs, case, undisturbed, at, how):
     """Strikes once, and goes on. An error of the disk is a RunError that says so. undisturbed: what that run said, and left."""
     config, (said, whole) = runs.settings(f"struck-{case}", **CASES[case]), undisturbed

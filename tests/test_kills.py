@@ -4,7 +4,7 @@ import random
 import shutil
 
 import pytest
-from kills import CASES, Runs, ended, finished, spread, strike, to_the_end
+from kills import CASES, Runs, ended, finished, half, spread, strike, strike_resume, to_the_end
 
 from flora.files import LOCK, hold, release
 
@@ -33,13 +33,14 @@ def undisturbed(runs):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_killed_and_killed_again_while_it_resumes_ends_at_the_same_bits(runs, undisturbed, case):
-    """At a random moment, then at a random one of the things that a resumed run does to its folder, where power is lost too."""
+    """At a random moment; then power is lost at a drawn call on its folder, after the first checkpoint."""
     said, whole = undisturbed(case)
     draw = random.Random(case)
     config = runs.settings(f"killed-{case}", **CASES[case])
-    assert runs.run(config, after=said["seconds"] * draw.uniform(0.3, 1.0))["error"] == ""
-    if not finished(config["output_dir"]):
-        runs.go_on(config, at=draw.randrange(len(said["seen"]) // 2), how="power")
+    assert runs.run(config, after=said["seconds"] * draw.uniform(0.1, 0.6))["error"] == ""
+    if finished(config["output_dir"]):                          # the machine was quicker than before
+        shutil.rmtree(config["output_dir"])
+    runs.go_on(config, at=int(len(said["seen"]) * draw.uniform(0.6, 0.75)), how="power")
     to_the_end(runs, config, whole)
 
 
@@ -48,6 +49,18 @@ def test_wherever_it_is_struck_it_goes_on(runs, undisturbed, part):
     """A sample of all that a run does to its folder; `make soak` strikes at every one."""
     said, _ = undisturbed("flora")
     strike(runs, "flora", undisturbed("flora"), spread(8, len(said["seen"]))[part], ("kill", "EIO", "power", "ENOSPC")[part % 4])
+
+
+@pytest.fixture(scope="module")
+def halved(runs, undisturbed):
+    return half(runs, "fedit", undisturbed("fedit"))
+
+
+@pytest.mark.parametrize("at", [3, 9, 15, 18, 24])
+def test_power_is_lost_while_a_resume_tidies_up(runs, undisturbed, halved, at):
+    """Rows of a round that was not finished are dropped, what was half written is swept away: all of it once more, if need be."""
+    assert len(halved[2]) > 60
+    strike_resume(runs, halved, undisturbed("fedit"), at)
 
 
 @pytest.mark.parametrize("part", range(4))

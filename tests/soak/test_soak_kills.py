@@ -3,7 +3,7 @@ import random
 import shutil
 
 import pytest
-from kills import CASES, WRITES, Runs, ended, finished, strike, to_the_end
+from kills import CASES, WRITES, Runs, ended, finished, half, strike, strike_resume, to_the_end
 
 pytestmark = pytest.mark.soak
 KILLS = 50
@@ -56,6 +56,14 @@ def test_a_run_is_struck_at_every_thing_it_does_to_its_folder(runs, whole, how):
     for at in points:
         strike(runs, "flora", whole["flora"], at, how)
     print(f"{how}: struck at {len(points)} of {len(said['seen'])} points, {len(points)} identical ends")
+
+
+@pytest.mark.parametrize("case", ["fedit", "residual"])
+def test_a_resume_loses_power_at_every_thing_that_it_does(runs, whole, case):
+    halved = half(runs, case, whole[case])
+    for at in range(len(halved[2])):
+        strike_resume(runs, halved, whole[case], at)
+    print(f"{case}: power lost at {len(halved[2])} points of a resume, {len(halved[2])} identical ends")
 
 
 @pytest.mark.parametrize("case", sorted({*CASES} - {"flora"}))
