@@ -2,6 +2,7 @@
 #   make demo     fine-tune SmolLM2-135M over eight clients of ranks 64 to 4 (downloads about 100 MB once)
 #   make test     all tests        make check   lint        make bench   benchmarks of this machine
 #   make gpu      tests and benchmarks of a GPU (PY=python3 takes an environment that exists)
+#   make soak     50 kills, a fault at every write, 500 rounds with clients that die (20 minutes)
 #   make aot      compile the Triton kernels for sm_80 and sm_90 without a GPU    make docs   the documentation, in site/
 # PYTHON=python3.12 chooses an interpreter; TORCH_INDEX=URL a package index for torch (the CPU builds of pytorch.org are smaller).
 
@@ -12,7 +13,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: install check test demo bench gpu aot docs clean
+.PHONY: install check test soak demo bench gpu aot docs clean
 install: $(STAMP)
 
 $(VENV)/.torch: constraints.txt
@@ -34,6 +35,9 @@ check: install
 
 test: install
 	$(PY) -m pytest
+
+soak: install
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/soak -m soak -s
 
 demo: install
 	$(VENV)/bin/flora run flora/demo.yaml --overwrite

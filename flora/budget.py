@@ -1,9 +1,10 @@
 """How many tokens a pass may hold: what is fastest on a device, unless its memory holds less."""
 import logging
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -41,12 +42,28 @@ def available(device: torch.device) -> float:
 
 
 class Budget:
-    """tokens: what a pass of a model may hold; "auto": what is fastest on the device, once `measure` has seen that it fits."""
+    """tokens: what a pass of a model may hold; "auto": what is fastest on the device, once `measure` has seen that it fits.
 
-    def __init__(self, model: nn.Module, tokens: int | Literal["auto"]):
+    Sums depend on it in their last bits. So a run has one for all its rounds, which only ever shrinks, and a checkpoint holds its
+    `state`. known: that of a run that goes on.
+    """
+
+    def __init__(self, model: nn.Module, tokens: int | Literal["auto"], known: Mapping[str, Any] | None = None):
         self.model, self.device = model, device_of(model)
         self._open = tokens == "auto"
         self.tokens = FASTEST.get(self.device.type, 4096) if tokens == "auto" else tokens
+        self._room = math.inf
+        if known:
+            self.tokens, self._open, self._room = known["tokens"], known["open"], known["room"] or math.inf
+
+    def state(self) -> dict[str, Any]:
+        """{"tokens", "open": whether they are still to be measured, "room": bytes, None where no limit is known}."""
+        return {"tokens": self.tokens, "open": self._open, "room": None if math.isinf(self._room) else self._room}
+
+    def room(self) -> float:
+        """Bytes that were free on the device, at the tightest moment at which this was asked."""
+        self._room = min(self._room, available(self.device))
+        return self._room
 
     def measure(self, forward: Callable[[], object], tokens: int, checkpointing: bool) -> None:
         """Bounds "auto" by the free memory. forward: a pass of so many tokens that somebody trains, gradients on; it is run once a

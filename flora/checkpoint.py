@@ -8,65 +8,32 @@
     model/                                      the merged model and its tokenizer, when the run is finished
     adapter/                                    in its place, where updates stay beside the base (merge_into: adapter)
 
-A folder appears under its name only when it is whole, so an interrupted or failed write loses that write and nothing else.
+A folder appears under its name only when it is whole and on the disk: a failed write, a killed process and a loss of power lose the
+write at hand and nothing else. The newest checkpoint is the one of the largest number. One process at a time writes.
 """
+import contextlib
 import errno
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 from safetensors import SafetensorError
-from torch import Tensor
 
-from flora.adapter import Adapters
-from flora.data.fetch import no_progress_bars
 from flora.errors import RunError
-from flora.files import safe_name, staged, write_text
+from flora.files import LOCK, hold, leftover, make_folder, release, remove, safe_name, staged, sweep, write_text
 from flora.formats import save_peft
-from flora.group import concatenated, leaves
-from flora.limits import UNLIMITED
-from flora.messages import Broadcast, Update, decode, encode
-from flora.nn import accumulated, residuals
+from flora.group import concatenated
+from flora.messages import Broadcast, Update
+from flora.nn import accumulated
 from flora.server import Server
+from flora.snapshot import Carried, Resumed, read_snapshot, save_pretrained, write_snapshot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 STATES = ("running", "interrupted", "failed", "finished")
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """Where a run goes on: the next round, the broadcast that is due, the base that it stands on (None: the original), what stayed
-    at home, by client, by layer what the base's merges left (residuals) or what is kept beside it, the clients' ranks now,
-    the bytes that each of them got for this round, and their optimizers' moments where those are kept."""
-    number: int
-    broadcast: Broadcast
-    base: Path | None
-    home: dict[str, Adapters]
-    residuals: dict[str, Tensor]
-    beside: Adapters
-    ranks: dict[str, int]
-    received: dict[str, int]
-    optimizers: dict[str, dict[str, Tensor]] | None
-
-
-def _save_pretrained(model: "PreTrainedModel", folder: Path) -> None:
-    """As transformers writes it, without its progress bar amid ours."""
-    with no_progress_bars():
-        model.save_pretrained(folder)
-
-
-def _moments(folder: Path) -> dict[str, dict[str, Tensor]] | None:
-    """The optimizers' moments of a checkpoint, by client; None where they are not kept."""
-    names = folder / "optimizers.json"
-    return {name: safetensors.torch.load_file(folder / f"optimizer-{i:06}.safetensors")
-            for i, name in enumerate(json.loads(names.read_text()))} if names.exists() else None
 
 
 @contextmanager
@@ -91,24 +58,62 @@ def state_of(folder: Path) -> dict[str, Any]:
     return state if ours else {}
 
 
+def _drop(old: Path) -> None:
+    """Removes what is needed no more; a disk that refuses even that keeps it for now."""
+    with contextlib.suppress(OSError):
+        remove(old) if old.exists() else None
+
+
 class RunFolder:
-    """Writes one run. Raises RunError where the folder holds a run already (unless overwrite or resume) or cannot be written."""
+    """Writes one run. Raises RunError where the folder holds a run already (unless overwrite or resume) or cannot be written.
+
+    A context manager: while it is open no other process writes to the folder, and what a killed one left there is gone."""
 
     def __init__(self, path: str | Path, overwrite: bool = False, resume: bool = False):
-        self.path = Path(path).expanduser()
-        state = self.state()
-        if resume:
+        self.path, self._overwrite, self._resume = Path(path).expanduser(), overwrite, resume
+        self._lock: int | None = None
+        self._check()
+
+    def _check(self) -> None:
+        state, overwrite = self.state(), self._overwrite
+        if self._resume:
             if not state:
                 raise RunError(f"expected a run to resume at {self.path}; got a folder without run.json")
             if state["state"] == "finished":
+                _drop(self.path / "checkpoint")                 # a process that was killed in its last act left it
+                sweep(self.path)
                 raise RunError(f"the run at {self.path} is finished ({state['rounds_done']} rounds); there is nothing to resume. "
                                "Start another with its own output_dir.")
         elif state and not overwrite and self._holds_work():
             raise RunError(f"{self.path} holds a run already ({state['state']}, {state['rounds_done']} rounds). Choose another "
                            f"--output_dir, go on with `flora resume {self.path}`, or replace it with --overwrite.")
-        elif not state and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif not state and self.path.exists() and (
+                not self.path.is_dir() or not all(leftover(e.name) or e.name == LOCK for e in self.path.iterdir())):
             raise RunError(f"{self.path} exists and is not a run of flora, so it is not written to. Choose another --output_dir.")
-        self._replaces = bool(state) and overwrite and not resume
+
+    def __enter__(self) -> "RunFolder":
+        with disk_errors(self.path):
+            if self.path.exists():
+                self._hold()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            release(self.path, self._lock)
+            self._lock = None
+
+    def _hold(self) -> None:
+        """Shuts out others, looks again at what is there now, and sweeps it."""
+        if self._lock is not None:
+            return
+        self._lock = hold(self.path)
+        try:
+            self._check()
+            for folder in (self.path, self.path / "rounds", self.path / "checkpoint"):
+                sweep(folder)
+        except BaseException:
+            self.__exit__()
+            raise
 
     def _holds_work(self) -> bool:
         """A run that failed before its first row holds nothing to protect."""
@@ -125,15 +130,27 @@ class RunFolder:
         with disk_errors(self.path):
             write_text(self.path / "run.json", json.dumps({"state": state, "rounds_done": rounds_done}) + "\n")
         if state == "finished":
-            shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
+            _drop(self.path / "checkpoint")
 
-    def begin(self, config_yaml: str, environment: Mapping[str, Any]) -> None:
-        """Writes the resolved config and the environment; only now, when the new run can start, a run to overwrite goes."""
+    def stopped(self, state: str) -> None:
+        """Marks a run that ends before its time, after the rounds that it has done; a finished one stays so."""
+        known = self.state()
+        if known.get("state") != "finished":
+            self.mark(state, known.get("rounds_done", 0))
+
+    def begin(self, config_yaml: str, environment: Mapping[str, Any], rounds_done: int = 0) -> None:
+        """Marks the run as running, and writes the resolved config and the environment; only now, when the new run can start, a run
+        to overwrite goes, from its checkpoint on, so what is left of it at any moment can be resumed or overwritten."""
         with disk_errors(self.path):
-            if self._replaces:
-                shutil.rmtree(self.path)
-                self._replaces = False
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
+            self._hold()
+            replaced = self.state() if self._overwrite and not self._resume else {}
+            self.mark("running", rounds_done)
+            kept = ("run.json", "config.yaml", "environment.json", LOCK)
+            for path in sorted(self.path.iterdir()) if replaced else ():
+                if path.name not in kept:
+                    remove(path)
+            self._overwrite = False
             write_text(self.path / "config.yaml", config_yaml)
             write_text(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
 
@@ -154,46 +171,20 @@ class RunFolder:
                 save_peft(broadcast.start, folder / "start", base_model)
         for old in (self.path / "rounds").iterdir():
             if old.name.isdigit() and int(old.name) <= number - keep:
-                shutil.rmtree(old, ignore_errors=True)
+                _drop(old)
 
-    def save_checkpoint(self, model: "PreTrainedModel", number: int, server: Server, received: Mapping[str, int],
-                        home: Mapping[str, Adapters], optimizers: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
-        """Writes what resume needs: `number` is the next round. The base is written only if merges have changed it."""
-        merged = model.__dict__.get("_flora_merged", False)
+    def save_checkpoint(self, model: "PreTrainedModel", number: int, server: Server, carried: Carried) -> None:
+        """Writes what resume needs: `number` is the next round. The ones before go."""
         with disk_errors(self.path), staged(self.path / "checkpoint" / str(number)) as folder:
-            (folder / "broadcast.safetensors").write_bytes(encode(server.broadcast, whole=True))
-            ranks = {client.name: client.rank for client in leaves(server.clients)}
-            write_text(folder / "clients.json", json.dumps({"ranks": ranks, "received": dict(received)}))
-            if optimizers is not None:
-                write_text(folder / "optimizers.json", json.dumps(list(optimizers)))
-                for i, moments in enumerate(optimizers.values()):
-                    safetensors.torch.save_file(dict(moments), folder / f"optimizer-{i:06}.safetensors")
-            for i, (client, adapters) in enumerate(home.items()):
-                (folder / f"home-{i:06}.safetensors").write_bytes(encode(Update(adapters, 1, client=client)))
-            if merged:
-                _save_pretrained(model, folder / "base")
-            if residuals(model):
-                safetensors.torch.save_file(residuals(model), folder / "residuals.safetensors")
-            if beside := accumulated(model):
-                (folder / "beside.safetensors").write_bytes(encode(Broadcast(merge=beside)))
+            write_snapshot(folder, model, server, carried)
         for old in (self.path / "checkpoint").iterdir():
-            if old.name != str(number):
-                shutil.rmtree(old, ignore_errors=True)
+            if old.name.isdigit() and old.name != str(number):
+                _drop(old)
 
     def load_checkpoint(self) -> Resumed | None:
-        """The newest checkpoint; None where the run had not finished a round."""
+        """The newest checkpoint; None where the run had not finished a round. Raises RunError where it cannot be read."""
         folders = [f for f in (self.path / "checkpoint").glob("*") if f.name.isdigit()]
-        if not folders:
-            return None
-        folder = max(folders, key=lambda f: int(f.name))
-        broadcast = decode((folder / "broadcast.safetensors").read_bytes(), limits=UNLIMITED)
-        home = [decode(file.read_bytes(), limits=UNLIMITED) for file in sorted(folder.glob("home-*.safetensors"))]
-        base = folder / "base"
-        rest, beside = folder / "residuals.safetensors", folder / "beside.safetensors"
-        return Resumed(int(folder.name), broadcast, base if base.exists() else None, {u.client: u.adapters for u in home},
-                       safetensors.torch.load_file(rest) if rest.exists() else {},
-                       decode(beside.read_bytes(), limits=UNLIMITED).merge if beside.exists() else {},
-                       **json.loads((folder / "clients.json").read_text()), optimizers=_moments(folder))
+        return read_snapshot(max(folders, key=lambda f: int(f.name))) if folders else None
 
     def save_model(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", base_model: str) -> Path:
         """Writes the result and returns where: model/, merged, with its tokenizer; or adapter/ in PEFT's format, where the base was
@@ -203,6 +194,6 @@ class RunFolder:
             if beside:
                 save_peft(beside, folder, base_model)
             else:
-                _save_pretrained(model, folder)
+                save_pretrained(model, folder)
                 tokenizer.save_pretrained(folder)
         return self.path / ("adapter" if beside else "model")

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from flora.adapter import Adapter, Adapters, stack
-from flora.budget import Budget, available
+from flora.budget import Budget
 from flora.client import LocalClient, TrainConfig
 from flora.clock import Clock
 from flora.data.batches import steps_per_epoch, training_steps
@@ -52,26 +52,27 @@ class Cohort:
 
     model: a causal LM (input_ids, attention_mask -> .logits), or what train_config.loss takes; targets: which modules carry
     adapters, as in flora.attach; max_tokens_per_batch: tokens that one pass may hold, of at least one row ("auto": measured once,
-    by the memory of the device; at most 1,024 on a CPU, where more is hardly faster); where the memory does not suffice it is
-    halved, and the step taken again. Clients whose steps go into one pass train together, the others after them. merge_config: how
-    a broadcast's merge reaches the base. Clients need names of their own. optimizer_states: AdamW's state by client and
-    "<layer>/<what trains>/<step|exp_avg|exp_avg_sq>", on the CPU: fit goes on from it and writes it, for clients that gave an
-    update; a tensor of another shape starts anew (None: every round does).
+    by the memory of the device; at most 1,024 on a CPU, where more is hardly faster; a Budget: a run's); where the memory does not
+    suffice it is halved, and the step taken again. Clients whose steps go into one pass train together, the others after them.
+    merge_config: how a broadcast's merge reaches the base. Clients need names of their own. optimizer_states: AdamW's state by
+    client and "<layer>/<what trains>/<step|exp_avg|exp_avg_sq>", on the CPU: fit goes on from it and writes it, for clients that
+    gave an update; a tensor of another shape starts anew (None: every round does).
     After fit, failures says which clients gave no update, and why; seconds, what each phase took; rate, tokens a second of all
     clients together (tokens_per_second: while it runs). Raises ConfigError, TargetError.
     """
 
     def __init__(self, model: nn.Module, clients: Sequence[LocalClient], train_config: TrainConfig,
-                 targets: str | Sequence[str] = "all-linear", max_tokens_per_batch: int | Literal["auto"] = "auto",
+                 targets: str | Sequence[str] = "all-linear", max_tokens_per_batch: int | Literal["auto"] | Budget = "auto",
                  merge_config: MergeConfig | None = None, optimizer_states: States | None = None):
         names = [client.name for client in clients]
         if len(set(names)) != len(names):
             raise ConfigError(f"expected clients with different names; got {names}")
-        if max_tokens_per_batch != "auto" and max_tokens_per_batch < 1:
+        shared = isinstance(max_tokens_per_batch, Budget)
+        if not shared and max_tokens_per_batch != "auto" and max_tokens_per_batch < 1:
             raise ConfigError(f'max_tokens_per_batch: expected "auto" or at least 1; got {max_tokens_per_batch}')
         self.model, self.clients, self.train_config, self.targets = model, list(clients), train_config, targets
         self.max_tokens_per_batch, self.merge_config, self.optimizer_states = max_tokens_per_batch, merge_config, optimizer_states
-        self._budget = Budget(model, max_tokens_per_batch)
+        self._budget = max_tokens_per_batch if shared else Budget(model, max_tokens_per_batch)
         self._loss = train_config.loss or CausalLM()
         self.shapes = target_shapes(model, targets)
         self.failures: dict[str, str] = {}
@@ -136,7 +137,7 @@ class Cohort:
         """Who trains together: clients that train weights cannot."""
         if broadcast.train == "weight":
             return ([member] for member in members)
-        return groups(members, self._budget.tokens, available(device_of(self.model)))
+        return groups(members, self._budget.tokens, self._budget.room())
 
     def _fail(self, name: str, error: Exception) -> None:
         self.failures[name] = str(error)

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from flora.checkpoint import disk_errors
+from flora.files import append, write_text
 
 SCORES = {"eval_label_accuracy": "labels", "eval_exact_match": "answers", "eval_lm_eval": "lm-eval"}
 
@@ -47,7 +48,7 @@ class Report:
         self.console = Console(stderr=True)
         self.rows = [row for row in read_metrics(folder) if first and row.get("round", row.get("rounds_done", 1) - 1) < first]
         with disk_errors(folder):
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self.progress = Progress(TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                                  TimeRemainingColumn(), console=self.console, transient=True, disable=quiet)
         self._rounds = self.progress.add_task("rounds", total=rounds, completed=first)
@@ -67,10 +68,11 @@ class Report:
             self.console.print(text, highlight=False, soft_wrap=True)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Appends a row and flushes it: after a crash or Ctrl-C the file is readable up to the last row."""
+        """Appends a row: after a crash or Ctrl-C the file is readable up to the last row; after a loss of power, up to the last
+        round, whose server's row waits for the disk."""
         self.rows.append(dict(row))
-        with disk_errors(self.folder), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        with disk_errors(self.folder):
+            append(self.path, json.dumps(row) + "\n", lasting=row["kind"] == "server")
 
     def start(self, what: str, count: int) -> None:
         """Begins a phase of the round: so many clients to train, or rows to evaluate."""

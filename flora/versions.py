@@ -103,7 +103,14 @@ def write_into(model: nn.Module, adapters: Adapters, how: MergeConfig, seed: int
         model._flora_merged = True
 
 
-def resume_at(model: nn.Module, run: str, version: int, merged: bool) -> None:
-    """Says of a model that was loaded from a checkpoint which version of a run it is, and whether merges changed its base."""
+def merge_errors(model: nn.Module) -> dict[str, float] | None:
+    """Relative errors by layer of the last sum that was kept beside the base; None where nothing is."""
+    return model.__dict__.get("_flora_merge_errors")
+
+
+def resume_at(model: nn.Module, run: str, version: int, merged: bool, errors: dict[str, float] | None = None) -> None:
+    """Says of a model that was loaded from a checkpoint which version of a run it is, and whether merges changed its base.
+    errors: as merge_errors."""
     model.__dict__.setdefault("_flora_versions", {})[run] = (version, True)
     model._flora_merged = merged or model.__dict__.get("_flora_merged", False)
+    model._flora_merge_errors = errors

@@ -19,7 +19,10 @@ def pytest_report_header(config):
     return lines + [f"flora: {c.operator} on {c.device}: {c.backend} ({c.why})" for c in kernels.table()]
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("soak") and "soak" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="takes a quarter of an hour: make soak"))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -121,8 +121,8 @@ RUST = SafetensorError("Error while serializing: I/O error: No space left on dev
 
 
 @pytest.mark.parametrize(("where", "error", "calls"), [
-    ("flora.checkpoint.save_peft", FULL, 6), ("flora.checkpoint.save_peft", RUST, 6), ("flora.checkpoint.encode", FULL, 1),
-    ("flora.checkpoint._save_pretrained", RUST, 1), ("flora.checkpoint.write_text", FULL, 4), ("pathlib.Path.open", FULL, 8)],
+    ("flora.checkpoint.save_peft", FULL, 6), ("flora.checkpoint.save_peft", RUST, 6), ("flora.snapshot.encode", FULL, 1),
+    ("flora.snapshot.save_pretrained", RUST, 1), ("flora.checkpoint.write_text", FULL, 4), ("pathlib.Path.open", FULL, 8)],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__)
 def test_a_full_disk_loses_the_write_at_hand_and_nothing_else(place, monkeypatch, where, error, calls):
     """The disk fills up in round 1, at one place after the other."""

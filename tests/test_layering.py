@@ -18,8 +18,7 @@ LAYERS = [
     ["strategies"], ["proven"], ["privacy"], ["data"], ["packing"], ["losses"], ["evaluate"], ["scoring"], ["mmlu", "mt_bench"],
     ["grouping"], ["fleet"], ["capacity", "chooser"],
     ["client", "clock", "budget"], ["steps"], ["member"], ["per_example"], ["loop"], ["cohort"], ["group"], ["stream"], ["inbox"],
-    ["server"],
-    ["checkpoint"], ["report"], ["spread"], ["timing"], ["tables", "plots"],
+    ["server"], ["snapshot"], ["checkpoint"], ["report"], ["spread"], ["timing"], ["tables", "plots"],
     ["engines.scores"], ["engines.guards"], ["engines.prepare"], ["engines.hierarchy"], ["engines.traffic"],
     ["engines.measure", "engines.plan"], ["engines.local", "engines.flower", "engines.nvflare"], ["engines"],
     ["integrations"], ["doctor", "tuning", "shards", "comparison", "verification", "skew"], ["cli"]]

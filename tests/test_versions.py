@@ -233,7 +233,8 @@ def test_what_cannot_be_kept_beside_a_base_is_refused_and_small_updates_survive(
 def test_checkpoints_hold_stacks_of_any_rank(tmp_path):
     from flora.checkpoint import RunFolder
     from flora.server import Server
+    from flora.snapshot import Carried
     folder, wide = RunFolder(tmp_path / "run"), flora.Adapter(torch.ones((1 << 20) + 1, 1), torch.ones(1, (1 << 20) + 1), 1.0)
     folder.begin("{}", {})
-    folder.save_checkpoint(llama(), 1, Server("flora", [], Broadcast(merge={"l": wide}, version=1)), {}, {})
+    folder.save_checkpoint(llama(), 1, Server("flora", [], Broadcast(merge={"l": wide}, version=1)), Carried())
     assert folder.load_checkpoint().broadcast.merge["l"].rank == (1 << 20) + 1

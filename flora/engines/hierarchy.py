@@ -51,6 +51,10 @@ class Hierarchy:
         budget = Budget(self.config.round_deadline, own.bytes_mb and 1e6 * own.bytes_mb)
         return self._groups(choose(self.members, self._cost(received or {}), budget, self.benefit))
 
+    def shrink(self, clients: Sequence[LocalClient]) -> None:
+        """Takes over these clients, some of which have pruned their ranks: the clock counts what they train from now on."""
+        self.clients = {**self.clients, **{client.name: client for client in clients}}
+
     def _groups(self, chosen: Mapping[str, tuple[int, int | None]]) -> list[Party]:
         own = self.config.groups
         return [Group(name, [self.clients[c] for c in self.members[name]], inner, depth, own.rank, own.inner)

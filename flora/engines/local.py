@@ -14,7 +14,8 @@ from torch import Tensor
 
 from flora.adapter import Adapters
 from flora.allocator import keep_large_blocks
-from flora.checkpoint import Resumed, RunFolder
+from flora.budget import Budget
+from flora.checkpoint import RunFolder
 from flora.cohort import Cohort
 from flora.config import RunConfig, load, parse
 from flora.data.batches import steps_per_epoch
@@ -30,6 +31,7 @@ from flora.messages import Update
 from flora.nn import accumulate, residuals, target_shapes, weights
 from flora.report import Report
 from flora.server import Server, first_broadcast
+from flora.snapshot import Carried, Resumed
 from flora.strategies import leave_home
 from flora.versions import bring_to, resume_at, write_into
 
@@ -47,22 +49,22 @@ def run(config: RunConfig | Mapping[str, Any] | str | Path, resume: bool = False
     if not isinstance(config, RunConfig):
         config = parse(config) if isinstance(config, Mapping) else parse(load(config), str(config))
     rehearse(config)
-    folder = RunFolder(config.output_dir, config.overwrite, resume)
     keep_large_blocks()
     console = Console(stderr=True, quiet=config.quiet)
-    resumed = folder.load_checkpoint() if resume else None
-    job = prepare(config, lambda line: console.print(line, highlight=False, soft_wrap=True), resumed.base if resumed else None)
-    folder.begin(yaml.safe_dump(config.model_dump(exclude={"overwrite"}), sort_keys=False), environment())
-    folder.mark("running", resumed.number if resumed else 0)
-    try:
-        _run(config, folder, job, resumed)
-    except KeyboardInterrupt:
-        folder.mark("interrupted", folder.state().get("rounds_done", 0))
-        raise
-    except BaseException:
-        with contextlib.suppress(Exception):                    # the disk may be full; the first error is the one to show
-            folder.mark("failed", folder.state().get("rounds_done", 0))
-        raise
+    with RunFolder(config.output_dir, config.overwrite, resume) as folder:
+        resumed = folder.load_checkpoint() if resume else None
+        job = prepare(config, lambda line: console.print(line, highlight=False, soft_wrap=True), resumed.base if resumed else None)
+        folder.begin(yaml.safe_dump(config.model_dump(exclude={"overwrite"}), sort_keys=False), environment(),
+                     resumed.number if resumed else 0)
+        try:
+            _run(config, folder, job, resumed)
+        except KeyboardInterrupt:
+            folder.stopped("interrupted")
+            raise
+        except BaseException:
+            with contextlib.suppress(Exception):                # the disk may be full; the first error is the one to show
+                folder.stopped("failed")
+            raise
     return folder.path
 
 
@@ -71,7 +73,7 @@ def _run(config: RunConfig, folder: RunFolder, job: Job, resumed: Resumed | None
     if resumed:
         accumulate(job.model, resumed.beside)
         residuals(job.model).update(resumed.residuals)
-        resume_at(job.model, resumed.broadcast.run, resumed.broadcast.version, merged=resumed.base is not None)
+        resume_at(job.model, resumed.broadcast.run, resumed.broadcast.version, resumed.base is not None, resumed.merge_errors)
     with Report(folder.path, config.num_rounds, resumed.number if resumed else 0, config.quiet) as report:
         report.say(f"{len(job.clients)} clients, strategy {config.strategy}, {config.num_rounds} rounds")
         tree = new_hierarchy(config, job, resumed)
@@ -79,7 +81,8 @@ def _run(config: RunConfig, folder: RunFolder, job: Job, resumed: Resumed | None
         for name, reason in tree.left_out.items():
             report.say(f"{name} is left out of the run: {reason}")
         server = new_server(config, job, resumed, tree)
-        state = State(dict(resumed.home), resumed.optimizers) if resumed else State()
+        budget = Budget(job.model, config.max_tokens_per_batch, resumed.budget if resumed else None)
+        state = State(budget, dict(resumed.home), resumed.optimizers, dict(resumed.late)) if resumed else State(budget)
         if config.optimizer_state == "keep":
             state.optimizers = state.optimizers or {}
         traffic = Traffic(resumed.received, server.broadcast) if resumed else Traffic()
@@ -110,8 +113,9 @@ def _result(server: Server, saved: Path | None) -> str:
 
 @dataclass
 class State:
-    """What clients carry from round to round: what stays at home, and AdamW's moments, where they are kept; late: updates that the
-    next round takes."""
+    """What is carried from round to round: the budget of tokens, what stays at the clients' homes, AdamW's moments, where they are
+    kept; late: updates that the next round takes."""
+    budget: Budget
     home: dict[str, Adapters] = field(default_factory=dict)
     optimizers: dict[str, dict[str, Tensor]] | None = None
     late: dict[str, Update] = field(default_factory=dict)
@@ -139,7 +143,7 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
         bring_to(job.model, sent, job.merge_config)
         found = before(job, clients, sent, report, number) if measured else {}
         maker = GroupCohort if tree.members else Cohort
-        cohort = maker(job.model, parties, job.train_config, config.target_modules, config.max_tokens_per_batch, job.merge_config,
+        cohort = maker(job.model, parties, job.train_config, config.target_modules, state.budget, job.merge_config,
                         optimizer_states=state.optimizers)
         report.start(f"round {number}: train", len(clients))
         updates = cohort.fit(sent, on_step=lambda *step, cohort=cohort: report.on_step(*step, cohort.tokens_per_second))
@@ -168,6 +172,7 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
             report.add({"kind": "failure", "round": number, "client": name, "reason": reason})
             report.say(f"round {number}: {name} is left out: {reason}")
         server.shrink(updates)
+        tree.shrink(leaves(server.clients))
         down = sum(traffic.down(server, server.sample(number + 1)).values())
         began = time.perf_counter()
         folder.save_round(number, updates, server.broadcast, config.keep_rounds, config.model_name_or_path)
@@ -177,7 +182,8 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
         row |= {"bytes_up": sum(up.values()), "bytes_down": down, "tokens_per_second": cohort.rate}
         report.add(row | clock_row(clock, max((r.get("simulated_total", 0.0) for r in report.rows), default=0.0)))
         if config.checkpoint_every and (number + 1) % config.checkpoint_every == 0:
-            folder.save_checkpoint(job.model, number + 1, server, traffic.received, state.home, state.optimizers)
+            carried = Carried(traffic.received, state.home, state.optimizers, state.budget.state(), state.late)
+            folder.save_checkpoint(job.model, number + 1, server, carried)
         folder.mark("running", number + 1)
         if measured:
             report.say(f"round {number}: held-out loss {row['eval_loss']:.4f}, accuracy {row['eval_accuracy']:.1%}")
@@ -240,6 +246,8 @@ def new_server(config: RunConfig, job: Job, resumed: Resumed | None, tree: Hiera
                     config.seed, options=options, downlink=Downlink(config.downlink, config.downlink_tol), shapes=shapes,
                     trust=trust_of(config))
     server.rehearse()
+    if resumed:
+        resumed.remind(server)
     return server
 
 

@@ -14,7 +14,7 @@ from flora.nn import applied, load_weights, weights
 from flora.report import Report
 from flora.server import Server
 from flora.strategies import come_home
-from flora.versions import bring_to
+from flora.versions import bring_to, merge_errors
 
 NOTHING = {"loss": None, "accuracy": None, "seconds": 0.0}
 
@@ -125,7 +125,7 @@ def server_row(rounds_done: int, job: Job, server: Server, home: Mapping[str, Ad
 
 def _losses(job: Job, server: Server) -> dict[str, float]:
     """What the downlink and a compressed adapter beside the base left out."""
-    errors = job.model.__dict__.get("_flora_merge_errors")
+    errors = merge_errors(job.model)
     return ({} if server.downlink.how == "stack" else {"downlink_error": server.downlink_error}) | (
         {} if errors is None else {"merge_error": max(errors.values(), default=0.0)})
 
