@@ -10,7 +10,16 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_v
 
 from flora.consistency import conflicts
 from flora.errors import ConfigError
-from flora.sections import DeviceConfig, GroupsConfig, MemoryConfig, PartitionConfig, Strict
+from flora.sections import (
+    DeviceConfig,
+    GroupsConfig,
+    LimitsConfig,
+    MemoryConfig,
+    PartitionConfig,
+    PrivacyConfig,
+    SecureAggregationConfig,
+    Strict,
+)
 
 OTHER_BRANCH = ("list_type", "int_type", "float_type")          # said of every branch of a union but the one that was meant
 NotNegative = Annotated[int, Field(ge=0)]
@@ -95,6 +104,12 @@ class RunConfig(Strict):
     communication_budget_mb: PositiveFloat | None = None
     """Bytes up and down, of all clients and rounds together, in 10^6: no round begins that would go beyond, if it takes what the
     largest one so far took (the first: what a dry run says)."""
+    secure_aggregation: SecureAggregationConfig | None = None
+    """Strategy flora: the server learns the sum of the updates and none of them: width, threshold, bits, unit, tolerance."""
+    privacy: PrivacyConfig | None = None
+    """Differential privacy: level (client, example), clip, noise_multiplier or epsilon, delta, rank."""
+    limits: LimitsConfig | None = None
+    """What a message may hold: sizes, ranks, examples."""
     lora_r: PositiveInt | list[PositiveInt] = 16
     """Rank: one for all, or a list with one a client."""
     lora_alpha: PositiveFloat | list[PositiveFloat] | Literal["r", "2r"] = "2r"

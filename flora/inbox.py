@@ -5,7 +5,7 @@ for here, where only that client pays: another name, version, layer, shape or ra
 not to train, a scale other than the one that was sent.
 """
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,14 +23,18 @@ from flora.strategies.robust import Robust
 class Trust:
     """What a server takes from its clients. min_clients: answers without which a round is not aggregated; robust: how those are
     judged together (None: not at all); staleness: what an update counts for each round that it is late, in (0, 1] (None: it is
-    refused); limits: of messages that come as bytes."""
+    refused); limits: of messages that come as bytes. combine(updates, sent): the next broadcast, in the place of the strategy's own
+    sum (None), such as one under masks or noise; with min_clients=0 of no update too. sample(names, round): who takes part (None: a
+    fixed share)."""
     min_clients: int = 1
     robust: Robust | None = None
     staleness: float | None = None
     limits: Limits | None = None
+    combine: Callable[[Sequence[Update], Broadcast], Broadcast] | None = None
+    sample: Callable[[Sequence[str], int], Sequence[str]] | None = None
 
     def __post_init__(self) -> None:
-        if self.min_clients < 1:
+        if self.min_clients < (1 if self.combine is None else 0):
             raise StrategyError(f"expected min_clients of at least 1; got {self.min_clients}")
         if self.staleness is not None and not 0.0 < self.staleness <= 1.0:
             raise StrategyError(f"expected a staleness in (0, 1], the weight of an update that is a round late; got "

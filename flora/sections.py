@@ -144,3 +144,18 @@ class LimitsConfig(Strict):
             max_total_rank=self.max_total_rank, max_examples=self.max_examples, max_metrics=self.max_metrics,
             max_name=self.max_name, max_frame_bytes=round(self.max_frame_mb * 1e6),
             max_frame_work=round(self.max_frame_gmac * 1e9), dtypes=self.dtypes)
+
+
+class SecureAggregationConfig(Strict):
+    """Secure aggregation (flora.secure.SecureConfig): the server learns the sum of the updates, and none of them."""
+
+    width: PositiveInt | None = None
+    """The rank that the sum may have (left out: as many as the clients' ranks together, which is always enough)."""
+    threshold: PositiveInt | None = None
+    """Clients that must stay to the end of a round (left out: more than two thirds)."""
+    bits: PositiveInt = 30
+    """Fractional bits of the sums."""
+    unit: PositiveFloat = 1.0
+    """Steps are unit / 2^bits."""
+    tolerance: PositiveFloat | None = 1e-3
+    """Estimated relative error of a layer above which a round is refused."""

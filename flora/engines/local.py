@@ -20,10 +20,11 @@ from flora.cohort import Cohort
 from flora.config import RunConfig, load, parse
 from flora.data.batches import steps_per_epoch
 from flora.downlink import Downlink
+from flora.engines import guards
 from flora.engines.hierarchy import Hierarchy, clock_row, hierarchy_of
 from flora.engines.measure import NOTHING, after, before, client_row, over_group, server_row, unmeasured_row, views_at_home
 from flora.engines.plan import bytes_of_a_round
-from flora.engines.prepare import Job, environment, prepare, rehearse, trust_of
+from flora.engines.prepare import Job, environment, prepare, rehearse
 from flora.engines.traffic import Traffic, total
 from flora.errors import ConfigError
 from flora.group import Group, GroupCohort, leaves
@@ -76,11 +77,13 @@ def _run(config: RunConfig, folder: RunFolder, job: Job, resumed: Resumed | None
         resume_at(job.model, resumed.broadcast.run, resumed.broadcast.version, resumed.base is not None, resumed.merge_errors)
     with Report(folder.path, config.num_rounds, resumed.number if resumed else 0, config.quiet) as report:
         report.say(f"{len(job.clients)} clients, strategy {config.strategy}, {config.num_rounds} rounds")
+        key = folder.secret(resumed is not None) if config.privacy else guards.NO_KEY
+        job = replace(job, train_config=guards.example_private(config, job.train_config, job.clients, key))
         tree = new_hierarchy(config, job, resumed)
         tree.observe(report.rows)
         for name, reason in tree.left_out.items():
             report.say(f"{name} is left out of the run: {reason}")
-        server = new_server(config, job, resumed, tree)
+        server = new_server(config, job, resumed, tree, key)
         budget = Budget(job.model, config.max_tokens_per_batch, resumed.budget if resumed else None)
         state = State(budget, dict(resumed.home), resumed.optimizers, dict(resumed.late)) if resumed else State(budget)
         if config.optimizer_state == "keep":
@@ -133,7 +136,7 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
         sent, own = server.broadcast, views_at_home(server, state.home)
         server.clients = tree.parties(traffic.received) if tree.members else server.clients
         sampled = [party for party in server.sample(number) if party.name not in state.late] or server.sample(number)
-        due, clock = tree.clock(number, sampled, traffic.received, sent.train, enough(config))
+        due, clock = tree.clock(number, sampled, traffic.received, sent.train, enough(config)) if sampled else ([], None)
         lost = dict(clock.lost) if clock else {}
         if config.late == "next":
             due = [party for party in sampled if lost.get(party.name) != "vanished"]
@@ -161,7 +164,7 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
         seconds = cohort.seconds | {"aggregate": time.perf_counter() - began}
         seconds["evaluate"] = sum(one["seconds"] for one in (*found.values(), *trained.values()))
 
-        up = traffic.up(server, leaving, sent)
+        up = guards.sent_up(server.trust, traffic.up(server, leaving, sent))
         for client, update in ((p, u) for p in parties for u in updates if u.client == p.name):
             both = [over_group(some, client, job) if isinstance(client, Group) else some.get(client.name, NOTHING)
                     for some in (found, trained)]
@@ -180,6 +183,7 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
         row = (server_row(number + 1, job, server, state.home, seconds) if measured
                else unmeasured_row(number + 1, job, server, seconds))
         row |= {"bytes_up": sum(up.values()), "bytes_down": down, "tokens_per_second": cohort.rate}
+        row |= guards.row(config, job.train_config, job.clients, server.trust, number + 1)
         report.add(row | clock_row(clock, max((r.get("simulated_total", 0.0) for r in report.rows), default=0.0)))
         if config.checkpoint_every and (number + 1) % config.checkpoint_every == 0:
             carried = Carried(traffic.received, state.home, state.optimizers, state.budget.state(), state.late)
@@ -232,7 +236,7 @@ def new_hierarchy(config: RunConfig, job: Job, resumed: Resumed | None) -> Hiera
     return tree
 
 
-def new_server(config: RunConfig, job: Job, resumed: Resumed | None, tree: Hierarchy) -> Server:
+def new_server(config: RunConfig, job: Job, resumed: Resumed | None, tree: Hierarchy, key: bytes = guards.NO_KEY) -> Server:
     """The server of this run, which has tried its strategy on these clients' ranks and alphas: what it would refuse after the first
     round of training it refuses now. Under a name of the run's own, so merges are counted per run."""
     shapes = target_shapes(job.model, config.target_modules)
@@ -244,7 +248,7 @@ def new_server(config: RunConfig, job: Job, resumed: Resumed | None, tree: Hiera
         broadcast = replace(first_broadcast(config.strategy, shapes, clients, config.seed, options), run=secrets.token_hex(8))
     server = Server(config.strategy, clients, broadcast, min(1.0, config.fraction_train * config.over_sampling), config.weighting,
                     config.seed, options=options, downlink=Downlink(config.downlink, config.downlink_tol), shapes=shapes,
-                    trust=trust_of(config))
+                    trust=guards.guarded(config, shapes, leaves(clients), key))
     server.rehearse()
     if resumed:
         resumed.remind(server)
