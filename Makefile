@@ -2,6 +2,7 @@
 #   make demo     fine-tune SmolLM2-135M over eight clients of ranks 64 to 4 (downloads about 100 MB once)
 #   make test     all tests        make check   lint        make bench   benchmarks of this machine
 #   make gpu      tests and benchmarks of a GPU (PY=python3 takes an environment that exists)
+#   make fuzz     messages from strangers, by a coverage-guided fuzzer (FUZZ="-runs=200000"; a find is written to the folder)
 #   make aot      compile the Triton kernels for sm_80 and sm_90 without a GPU    make docs   the documentation, in site/
 # PYTHON=python3.12 chooses an interpreter; TORCH_INDEX=URL a package index for torch (the CPU builds of pytorch.org are smaller).
 
@@ -12,7 +13,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: install check test demo bench gpu aot docs clean
+.PHONY: install check test demo bench gpu aot fuzz docs clean
 install: $(STAMP)
 
 $(VENV)/.torch: constraints.txt
@@ -55,6 +56,11 @@ gpu: $(if $(filter command,$(firstword $(origin PY))),,install)
 
 aot: install
 	$(PY) dev/aot.py
+
+FUZZ ?= -runs=200000
+fuzz: install
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev,fuzz]'
+	$(PY) tests/fuzz/fuzz_messages.py build/fuzz $(FUZZ)
 
 docs: install
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev,docs]'
