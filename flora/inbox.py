@@ -12,7 +12,7 @@ import torch
 
 from flora.adapter import Adapters, truncate
 from flora.client import LocalClient
-from flora.errors import MessageError, StrategyError
+from flora.errors import StrategyError
 from flora.group import Group
 from flora.messages import Broadcast, Limits, Update, decode
 from flora.strategies import Strategy, check_update
@@ -81,10 +81,7 @@ class Inbox:
         self.updates[who] = update
 
     def _read(self, message: bytes, due: Broadcast) -> Update:
-        update = decode(message, expected=self.shapes or None, limits=self.trust.limits, given=due)
-        if not isinstance(update, Update):
-            raise MessageError("expected an update; got a broadcast, which only a server sends. The message is refused.")
-        return update
+        return decode(message, self.shapes or None, self.trust.limits, due, kind="update")
 
     def _check_ranks(self, update: Update, due: Broadcast) -> None:
         """Of a client: its own rank, or less where clients may differ. A group answers with a stack of any."""

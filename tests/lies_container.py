@@ -88,7 +88,7 @@ def offsets_lie(rng, m):
     start, end = entry["data_offsets"]
     entry["data_offsets"] = rng.choice([
         [start + 4, end + 4], [start - 4, end], [start, end + 8], [start, end - 1], [end, start], [-8, end], [start], [], None,
-        "ab", [start, end, end], [float(start), float(end)], [1 << 64, 1 << 65], [start, start], [str(start), str(end)]])
+        "ab", [start, end, end], [1 << 64, 1 << 65], [start, start], [str(start), str(end)]])
     return join(header, fields, body)
 
 
@@ -101,3 +101,11 @@ def gap(rng, m):
     for entry in entries[at:]:
         entry["data_offsets"] = [n + 8 for n in entry["data_offsets"]]
     return join(header, fields, body[:cut] + b"\0" * 8 + body[cut:])
+
+
+def header_lie(rng, m):
+    """A header that is no object, or has no fields of ours."""
+    header, fields, body = m.parts()
+    own = json.dumps(signed(header, fields, body), sort_keys=True)
+    meta = rng.choice([None, [], "x", {}, {"flora": None}, {"flora": fields}, {"Flora": own}, {"flora": [own]}])
+    return framed(text_of(rng.choice([[], "x", None, 1, header, {**header, "__metadata__": meta}])), body)

@@ -156,44 +156,6 @@ def listed_wrong(rng, m):
     return m.raw()
 
 
-def zeros_lie(rng, m):
-    """Claims of zeros: of any size, of no size, of what travels too, of what nobody lists."""
-    part = next(iter(m.fields["parts"]), None)
-    if part is None:
-        return None
-    claims = [[1 << 40, 3, "F32"],
-              [1 << 62, 1 << 62, "F64"], [1 << 70, 1, "F32"], [0, 3, "F32"], [0, 1 << 70, "F32"], [-13, -3, "F32"],
-              [13, 3], [13, 3, "F32", 1], [13, True, "F32"], [13.0, 3.0, "F32"], [13, 3, "I8"], [13, 3, None], "x", None, 0, {}, [],
-              [[13], [3], "F32"], [13, 3, ["F32"]], [1 << 14, 3, "F32"], [10**300, 1, "F32"]]
-    m.fields["zeros"][f"{part}/a.q/{rng.choice('AB')}"] = rng.choice(claims)
-    if rng.random() < 0.3:
-        m.fields["zeros"] = {rng.choice(["adapters/x/A", "start/a.q", "", "base/a.q"]): [13, 4, "F32"]}
-    return m.raw()
-
-
-def held_lie(rng, m):
-    part = next(iter(m.fields["parts"]), "start")
-    held = m.fields["held"]
-    lie = rng.choice([[*held, f"{part}/a.q/A"], [*held, "adapters/x/A"], [*held, 3], [*held, [f"{part}/a.q/A"]], [*held, None],
-                      held * 2 if held else ["x", "x"], [*held, f"{part}/a.q/scale"], [*held, {}]])
-    m.fields["held"] = lie
-    if lie and lie[-1] == f"{part}/a.q/A" and not held:
-        m.tensors.pop(lie[-1], None)
-        m.fields["zeros"].pop(lie[-1], None)
-        m.options["given"] = None
-    return m.raw()
-
-
-def cores_lie(rng, m):
-    part = next(iter(m.fields["parts"]), None)
-    if part is None:
-        return None
-    shape = rng.choice([[1 << 40, 3], [2, 2], [7, 13], [13], [13, 7, 1], [-13, -7], [0, 7], [13, True], [1 << 70, 1], None, "13",
-                        13, {}, [13.0, 7.0], [[13], 7]])
-    m.fields["cores"][f"{part}/{rng.choice(['a.q', 'a.q', 'x'])}/"] = shape
-    return m.raw()
-
-
 def core_of_another_rank(rng, m):
     """A core well formed for a rank that nobody sent, or whose scale has that rank."""
     where = next(iter(m.fields["cores"]), None)
@@ -234,3 +196,27 @@ def ranks_over(rng, m):
         if m.fields["kind"] == "update":
             del m.fields["base"]
     return m.raw()
+
+
+def entry_lie(rng, m):
+    """An entry of the table with something more, with something less, or that is none."""
+    name = some(rng, m)
+    if name is None:
+        return None
+    header, fields, body = m.parts()
+    how = rng.choice(["more", "less", "none"])
+    if how == "more":
+        header[name][rng.choice(["x", "", "offset"])] = rng.choice([None, 1, []])
+    elif how == "less":
+        del header[name][rng.choice([*header[name]])]
+    else:
+        header[name] = rng.choice([None, 1, [], "F32", [["dtype", "F32"]]])
+    return join(header, fields, body)
+
+
+def out_of_order(rng, m):
+    """The tensors where they are, the table in another order."""
+    header, fields, body = m.parts()
+    names = [*header]
+    rng.shuffle(names)
+    return None if names == [*header] else join({n: header[n] for n in names}, fields, body)

@@ -53,7 +53,7 @@ BAD = {"an unknown client": (lambda u: replace(u, client="eve"), "got one of 'ev
        "another shape": (lambda u: replace(u, adapters={"blocks.0.q": adapter(4, (7, 13))}), r"\(out, in\)"),
        "a rank above its own": (lambda u: replace(u, adapters={"blocks.0.q": adapter(5, (13, 7))}), "rank 4, its own; got 5"),
        "no examples": (lambda u: replace(u, num_examples=0), "num_examples"),
-       "no update": (lambda u: encode(Broadcast(run="r")), "an update; got a broadcast"),
+       "no update": (lambda u: encode(Broadcast(run="r")), "of kind update; got broadcast"),
        "a changed byte": (lambda u: encode(u)[:-1] + b"\x99", "digest"),
        "half of it": (lambda u: encode(u)[:200], "expected"),
        "no bytes": (lambda u: b"", "expected")}

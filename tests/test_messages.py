@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny import adapter, same
 
 from flora.adapter import Adapter
-from flora.errors import MessageError, MessageValueError
+from flora.errors import MessageError, MessageSizeError, MessageValueError
 from flora.messages import Broadcast, Limits, Update, decode, encode
 
 QUICK = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -266,7 +266,9 @@ def test_expected_layers_and_limits_are_kept():
 
 @pytest.mark.parametrize("junk", [None, 7, "text", [1, 2], {}, object()], ids=str)
 def test_what_is_not_bytes_is_refused(junk):
-    refused(junk, "bytes")
+    refused(junk, "expected bytes; got")
+    with pytest.raises(MessageSizeError):
+        decode(b"\0" * 7)
 
 
 def test_other_byte_containers_are_read():
