@@ -21,7 +21,7 @@ LAYERS = [
     ["server"], ["snapshot"], ["checkpoint"], ["report"], ["spread"], ["timing"], ["tables", "plots"],
     ["engines.scores"], ["engines.guards"], ["engines.prepare"], ["engines.hierarchy"], ["engines.traffic"],
     ["engines.measure", "engines.plan"], ["engines.local", "engines.flower", "engines.nvflare"], ["engines"],
-    ["integrations"], ["doctor", "tuning", "shards", "comparison", "verification", "skew"], ["cli"]]
+    ["integrations"], ["doctor", "tuning", "shards", "comparison", "verification", "skew", "exporting"], ["cli"]]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PACKAGES = ("strategies", "data", "integrations", "kernels.triton")     # their own files may import each other
 LIGHT = {"torch", "numpy", "safetensors", "flora"}
