@@ -83,8 +83,7 @@ class RunFolder:
             if not state:
                 raise RunError(f"expected a run to resume at {self.path}; got a folder without run.json")
             if state["state"] == "finished":
-                _drop(self.path / "checkpoint")                 # a process that was killed in its last act left it
-                sweep(self.path)
+                self._tidy()
                 raise RunError(f"the run at {self.path} is finished ({state['rounds_done']} rounds); there is nothing to resume. "
                                "Start another with its own output_dir.")
         elif state and not overwrite and self._holds_work():
@@ -117,6 +116,14 @@ class RunFolder:
         except BaseException:
             self.__exit__()
             raise
+
+    def _tidy(self) -> None:
+        """Removes what a process that was killed in its last act left of a finished run."""
+        with contextlib.suppress(OSError, RunError):            # it may be at it still
+            handle = hold(self.path)
+            _drop(self.path / "checkpoint")
+            sweep(self.path)
+            release(self.path, handle)
 
     def _holds_work(self) -> bool:
         """A run that failed before its first row holds nothing to protect."""

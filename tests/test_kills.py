@@ -51,6 +51,13 @@ def test_wherever_it_is_struck_it_goes_on(runs, undisturbed, part):
     strike(runs, "flora", undisturbed("flora"), spread(8, len(said["seen"]))[part], ("kill", "EIO", "power", "ENOSPC")[part % 4])
 
 
+@pytest.mark.parametrize("how", ["kill", "power"])
+def test_a_checkpoint_that_is_half_written_is_none(runs, undisturbed, how):
+    """Struck between the files of the second checkpoint, the first to link to another."""
+    seen = undisturbed("flora")[0]["seen"]
+    strike(runs, "flora", undisturbed("flora"), seen.index("link", seen.index("link") + 1) + 1, how)
+
+
 @pytest.fixture(scope="module")
 def halved(runs, undisturbed):
     return half(runs, "fedit", undisturbed("fedit"))
