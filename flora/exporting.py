@@ -92,7 +92,7 @@ def card(config: RunConfig, rows: Sequence[Mapping[str, Any]], rounds: int, clie
     own = config.privacy
     spent = max((row["epsilon"] for row in rows if "epsilon" in row), default=None)
     privacy = ("No differential privacy." if own is None else
-               f"Differential privacy of a {own.level}: ε = {spent:.2f} at δ = {own.delta:g} (docs/security.md of flora says what of).")
+               f"Differential privacy of a {own.level}: ε = {spent:.2f} at δ = {own.delta:g} (flora's docs/security.md).")
     if own is not None and client is not None:
         privacy = "This is one client's own adapter: the run's differential privacy does not cover it."
     contents = "\n".join(f"* `{path.relative_to(made)}`, {path.stat().st_size:,} bytes" for path in sorted(made.rglob("*"))

@@ -51,8 +51,8 @@ def test_an_adapter_is_exported_for_all_servers(place, run):
 
 def test_the_card_says_what_privacy_there_was(place):
     private = flora.run(settings(place, "private", **CLIENT))
-    spent = read_metrics(private)[-1]["epsilon"]
-    assert f"Differential privacy of a client: ε = {spent:.2f} at δ = 1e-05" in (export(private, place / "p") / "README.md").read_text()
+    spent, card = read_metrics(private)[-1]["epsilon"], (export(private, place / "p") / "README.md").read_text()
+    assert f"Differential privacy of a client: ε = {spent:.2f} at δ = 1e-05" in card
     assert not (place / "p" / "privacy.key").exists()
     own = (export(private, place / "p1", "client-0") / "README.md").read_text()
     assert "does not cover it" in own and "ε" not in own
