@@ -1,7 +1,8 @@
 """Whole runs that guard their rounds: too few answers, late ones, liars."""
 import pytest
-from test_engines import of
+from test_engines import folders_agree, of
 from test_engines_groups import FLEET, one
+from test_engines_options import stopped_and_resumed
 
 import flora
 from flora.cohort import Cohort
@@ -87,6 +88,14 @@ def test_late_updates_count_in_the_next_round_if_they_may(place):
     assert [{row["client"] for row in rows if row["round"] == n} & slow for n in range(3)] == [slow, set(), slow]
     assert {client for number, client, why in reasons(late) if number == 0 and "in the next one" in why} == slow
     assert losses(late)[1] == losses(drop)[1] and losses(late)[2] != losses(drop)[2]
+
+
+def test_late_updates_survive_a_resume(place, monkeypatch):
+    """Stopped in the round that takes them."""
+    config = one(place, "steady", fleet=FLEET, round_deadline=15.0, num_rounds=3, late="next")
+    whole = flora.run(config)
+    again = stopped_and_resumed(config, place / "again", monkeypatch, 1)
+    assert losses(whole) == losses(again) and folders_agree(whole, again, "model")
 
 
 def test_settings_that_do_not_go_together_are_refused(place):
