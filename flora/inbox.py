@@ -71,7 +71,7 @@ class Inbox:
             raise StrategyError(f"expected one update from each of this run's clients at most; got {who!r}, which "
                                 f"{'has sent one already' if again else 'is not among them'}. Leave it out.")
         late = due.version - update.base_version
-        if late < 0 or (late and (self.trust.staleness is None or due.train != "AB")):
+        if late < 0 or (late and self.trust.staleness is None):
             raise StrategyError(f"expected updates trained on version {due.version} of the base; got others from {who} (version "
                                 f"{update.base_version}). Leave them out of the round.")
         if self.shapes:

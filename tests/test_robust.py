@@ -151,6 +151,15 @@ def test_order_does_not_matter_and_zeros_are_no_fault(how):
     assert len(sift(still, Robust(how)).updates) >= 8
 
 
+@pytest.mark.parametrize("how", ["krum", "trim"])
+def test_how_long_a_change_is_does_not_decide_who_is_left_out(how):
+    """Honest clients of different ranks differ in length; a liar may choose his."""
+    updates = honest_and_liars(times(-1))
+    lengths = [1e-3, 1, 30, 1e-2, 1, 1, 1e3, 1, 50, 1e-3]
+    scaled = [replace(u, adapters=times(factor)(u.adapters)) for u, factor in zip(updates, lengths, strict=True)]
+    assert set(sift(scaled, Robust(how)).left_out) == {"c3", "c8"} == set(sift(updates, Robust(how)).left_out)
+
+
 def test_what_cannot_be_judged_is_refused():
     with pytest.raises(StrategyError, match=r'robust="clip" or "krum" or "trim"; got \'median\''):
         Robust("median")

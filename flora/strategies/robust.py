@@ -125,8 +125,7 @@ def _krum(cosines: Tensor, spare: int) -> dict[int, str]:
 def _trim(cosines: Tensor, spare: int) -> dict[int, str]:
     """Whom to leave out: who points against the direction of most, the leading eigenvector of the cosines; the worst first."""
     common = torch.linalg.eigh(cosines).eigenvectors[:, -1]
-    common = common * (1.0 if float(common.sum()) >= 0 else -1.0)
-    agree = common / (float(common.median()) or 1.0)
+    agree = common / (float(common.median()) or 1.0)            # of either sign: most agree with themselves
     return {k: f"its change points against the others' ({float(agree[k]):.2f} times the median client's agreement with them)"
             for k in agree.argsort(stable=True)[:spare].tolist() if float(agree[k]) < 0}
 
