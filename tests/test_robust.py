@@ -158,6 +158,9 @@ def test_how_long_a_change_is_does_not_decide_who_is_left_out(how):
     lengths = [1e-3, 1, 30, 1e-2, 1, 1, 1e3, 1, 50, 1e-3]
     scaled = [replace(u, adapters=times(factor)(u.adapters)) for u, factor in zip(updates, lengths, strict=True)]
     assert set(sift(scaled, Robust(how)).left_out) == {"c3", "c8"} == set(sift(updates, Robust(how)).left_out)
+    noise = {f"c{k}": {n: adapter(a.rank, a.shape, 40 + k) for n, a in updates[k].adapters.items()} for k in (3, 8)}
+    drawn = [replace(u, adapters=noise[u.client]) if u.client in noise else u for u in scaled]
+    assert how == "trim" or set(sift(drawn, Robust(how)).left_out) == {"c3", "c8"}
 
 
 def test_what_cannot_be_judged_is_refused():
