@@ -7,6 +7,7 @@ from test_engines import folders_agree, of, settings
 from test_engines_options import stopped_and_resumed
 
 import flora
+from flora.cohort import Cohort
 from flora.config import parse
 from flora.engines.local import resume
 from flora.engines.plan import plan
@@ -24,9 +25,10 @@ def servers(folder):
 
 @pytest.mark.parametrize("weighting", ["examples", "uniform"])
 def test_a_round_under_masks_is_the_round_without(place, weighting):
-    base = {"weighting": weighting, "num_rounds": 1}
+    base = {"weighting": weighting, "num_rounds": 1, "partition": {"dirichlet_alpha": 1.0, "label": "mood"}}
     masked = flora.run(settings(place, f"masked-{weighting}", secure_aggregation={}, **base))
     plain = flora.run(settings(place, f"plain-{weighting}", **base))
+    assert len({row["num_examples"] for row in of(read_metrics(plain), "client")}) > 1
     one, other = (load_peft(folder / "rounds" / "0" / "aggregate") for folder in (masked, plain))
     for layer, a in other.items():
         exact = a.delta()
@@ -36,6 +38,14 @@ def test_a_round_under_masks_is_the_round_without(place, weighting):
     sizes = {row["bytes_up"] for row in of(read_metrics(masked), "client")}
     assert len(sizes) == 1 and min(sizes) > max(row["bytes_up"] for row in of(read_metrics(plain), "client"))
     assert row["bytes_up"] == 4 * sizes.pop()
+
+
+def test_a_sum_of_one_is_not_taken(place, monkeypatch):
+    fit = Cohort.fit
+    monkeypatch.setattr(Cohort, "fit", lambda self, *rest, **options: fit(self, *rest, **options)[:1])
+    folder = flora.run(settings(place, "alone", secure_aggregation={}, num_rounds=1))
+    before, after = (row["eval_loss"] for row in servers(folder))
+    assert before == after and [row["client"] for row in of(read_metrics(folder), "failure")] == ["the round"]
 
 
 def test_a_dry_run_counts_the_words_of_masked_sums(place):
