@@ -177,6 +177,7 @@ class Cohort:
             asleep.setdefault(name, []).append(a)
         size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
         epoch = steps_per_epoch(len(client.rows), size, accumulation)
+        kept = (self.optimizer_states or {}).get(client.name)
         units = (lambda row: 1) if config.example_clip else self._loss.terms            # which rows have labels must not show
         return Member(
             client, lambda: starting_adapters(client, held, own, config.seed, version),
@@ -186,8 +187,7 @@ class Cohort:
             client.max_steps or config.max_steps or math.ceil(config.num_train_epochs * epoch),
             client.learning_rate or config.learning_rate, derive(config.seed, client.name, version, "dropout"),
             list(self.shapes).index(next(iter(own))), _tokens_a_step(client.rows, size * accumulation, self._loss), list(own),
-            (self.optimizer_states or {}).get(client.name),
-            f"{broadcast.run}/{client.name}/{version}/{digest(held)}" if config.example_clip else "")
+            kept, f"{broadcast.run}/{client.name}/{version}/{digest(held, kept)}" if config.example_clip else "")
 
     def _fit_group(self, members: Sequence[Member], broadcast: Broadcast, on_step: OnStep | None,
                    clock: Clock) -> dict[str, Trained]:

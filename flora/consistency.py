@@ -54,7 +54,9 @@ def conflicts(config: "RunConfig") -> Iterator[str]:
     late = config.round_deadline is not None or config.over_sampling > 1
     if config.late == "next" and (not late or config.groups):
         yield "late: expected round_deadline or over_sampling with late: next, and no groups, or nobody is late; leave it out"
-    if config.min_clients > max(1, round(config.fraction_train * (config.groups.count if config.groups else config.num_clients))):
-        yield f"min_clients: expected at most the clients, or groups, of a round; got {config.min_clients}"
+    if config.over_sampling > 1 and config.fraction_train == 1:
+        yield "over_sampling: expected fraction_train under 1 with it, or there is nobody else to ask; leave one out"
+    if config.late == "drop" and config.staleness_weight != 0.5:
+        yield "staleness_weight is of late: next: add it, or leave staleness_weight out"
     if config.robust is None and (config.robust_bound is not None or config.robust_share != 0.2):
         yield "robust_share and robust_bound are of robust: add robust, or leave them out"

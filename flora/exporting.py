@@ -90,7 +90,7 @@ def card(config: RunConfig, rows: Sequence[Mapping[str, Any]], rounds: int, clie
     measured = [row for row in rows if row["kind"] == "server" and "eval_loss" in row]
     adapter = (made / "adapter_config.json").exists()
     own = config.privacy
-    spent = max((row["epsilon"] for row in rows if "epsilon" in row), default=None)
+    spent = max((row["epsilon"] for row in rows if "epsilon" in row), default=0.0)
     privacy = ("No differential privacy." if own is None else
                f"Differential privacy of a {own.level}: ε = {spent:.2f} at δ = {own.delta:g} (flora's docs/security.md).")
     if own is not None and client is not None:

@@ -189,4 +189,5 @@ def release(folder: Path, handle: int) -> None:
 def safe_name(name: str) -> str:
     """A client's name as a folder's name; two names never share one."""
     plain = re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip(".")
-    return plain if plain == name and name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    own = plain == name and name and not re.search(r"-[0-9a-f]{8}$", name)      # a name that looks like another's hash gets its own
+    return plain if own else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

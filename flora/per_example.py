@@ -14,9 +14,10 @@ Reference: DP-SGD, arXiv 1607.00133; with A frozen, FFA-LoRA, arXiv 2403.12313, 
 import hashlib
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from flora import accountant
 from flora.adapter import Adapters
@@ -63,13 +64,15 @@ class Examples:
             p.grad = (total / self.batch).to(p.dtype)
 
 
-def digest(start: Adapters | None) -> str:
-    """A hash of where training starts: a server that sends two starts as one version must not get the same noise twice."""
-    found = hashlib.sha256()
-    for name, a in sorted((start or {}).items()):
-        found.update(f"{name}/{a.A.dtype}/{tuple(a.A.shape)}/{tuple(a.B.shape)}/".encode())
-        for t in (a.A, a.B, a.scale):
-            found.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+def digest(start: Adapters | None, state: Mapping[str, Tensor] | None = None) -> str:
+    """A hash of where training starts, and of the optimiser's state there: whoever is asked twice for one version from two starts
+    must not draw the same noise twice."""
+    found, tensors = hashlib.sha256(), dict(state or {})
+    for name, a in (start or {}).items():
+        tensors |= {f"{name}/A": a.A, f"{name}/B": a.B, f"{name}/scale": a.scale}
+    for name, t in sorted(tensors.items()):
+        found.update(f"{name}/{t.dtype}/{tuple(t.shape)}/".encode())
+        found.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 

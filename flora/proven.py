@@ -30,6 +30,7 @@ FEATURES = {
     "start": "warm and shared starts of flora: what is sent there is not worked out under noise",
     "server_learning_rate": "a step of another length than 1 is not worked out under noise",
     "absent": "a mean over those who have a layer has a denominator that depends on who was sampled",
+    "communication_budget": "a run that stops by the bytes of who was drawn tells who was",
     "over_sampling": "who is among the first is no independent draw of each client",
     "min_clients": "whether a round is released would depend on who answers",
     "round_deadline": "who is late would depend on how much a client has to train on",

@@ -158,4 +158,4 @@ class SecureAggregationConfig(Strict):
     unit: PositiveFloat = 1.0
     """Steps are unit / 2^bits."""
     tolerance: PositiveFloat | None = 1e-3
-    """Estimated relative error of a layer above which a round is refused."""
+    """Estimated relative error of a layer above which the run stops and says what to change (null: never)."""

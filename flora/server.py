@@ -49,16 +49,26 @@ class Server:
             raise StrategyError(f"expected no downlink with a stream, which sends dense sums; got {downlink.how}. Leave one out.")
         if stream is not None and options:
             raise StrategyError(f"expected no options with a stream, which has its own; got {sorted(options)}. Leave one out.")
-        self.clients, self.fraction, self.weighting, self.seed = list(clients), fraction, weighting, seed
+        self._clients, self.fraction, self.weighting, self.seed = list(clients), fraction, weighting, seed
         self.broadcast, self.stream, self.options = broadcast, stream, dict(options or {})
         self.downlink, self.downlink_error = downlink or Downlink(), 0.0
         self.before: Broadcast | None = None
         self.shapes, self.trust, self.sifted = dict(shapes or {}), trust or Trust(), NOTHING_SIFTED
-        self._refuse_trust()
+        self.trust.check(self.strategy, broadcast, weighting, self.options, stream is not None)
         self._inbox = self._new_inbox()
         self._merges: dict[int, Adapters] = {}
         self._layers: set[str] = set()                          # that any broadcast has changed
         self._remember(broadcast)
+
+    @property
+    def clients(self) -> list[LocalClient | Group]:
+        """Who may answer. Setting them forgets what the open round has received."""
+        return self._clients
+
+    @clients.setter
+    def clients(self, clients: Sequence[LocalClient | Group]) -> None:
+        self._clients = list(clients)
+        self._inbox = self._new_inbox()
 
     def sample(self, number: int) -> list[LocalClient | Group]:
         """The clients of a round (from 0), by fraction and seed; always the same for the same round. In the run's order."""
@@ -126,7 +136,7 @@ class Server:
             sifted = self._sift()
             following = self._combined(sifted.updates)
             following, error = lighter(replace(following, run=self.broadcast.run), self.downlink, weights)
-        except FloraError:
+        except Exception:
             self._inbox.updates = before
             raise
         self.downlink_error, self.sifted = error, sifted
@@ -134,20 +144,8 @@ class Server:
         return self._send(following)
 
     def _new_inbox(self) -> Inbox:
-        return Inbox(self.clients, self.shapes, self.strategy, self.options, self.trust)
-
-    def _refuse_trust(self) -> None:
-        """Raises StrategyError for what this strategy cannot be guarded by."""
-        trust = self.trust
-        if trust.robust is not None:
-            trust.robust.refuse(self.strategy)
-        if self.stream is not None and any(one is not None for one in (trust.robust, trust.staleness, trust.combine)):
-            raise StrategyError("expected no robust, staleness or combine with a stream, which forgets what it has summed; got "
-                                "one. Leave the stream out.")
-        weighs = "weights" in self.strategy.options and isinstance(self.weighting, str)
-        if trust.staleness is not None and not (weighs and self.broadcast.train == "AB" and not self.strategy.home):
-            raise StrategyError("staleness: expected a strategy that weighs clients and trains both factors in every round; got "
-                                f"{self.strategy.name}, weighting {self.weighting}. Leave late updates out (late: drop).")
+        weighting = self.options.get("weights", self.weighting)
+        return Inbox(self.clients, self.shapes, self.strategy, self.options, self.trust, weighting)
 
     def _sift(self) -> Sifted:
         """The updates of the round in the clients' order, those that are late at their weight, and judged together."""
@@ -156,7 +154,8 @@ class Server:
         have = self._inbox.weighed(self.weighting, self.broadcast) if late else [*self._inbox.updates.values()]
         ordered = sorted(have, key=lambda update: place[update.client])
         robust = self.trust.robust
-        return Sifted(ordered, {}, {}) if robust is None else sift(ordered, robust, self.broadcast.start)
+        return Sifted(ordered, {}, {}) if robust is None else sift(ordered, robust, self.broadcast.start,
+                                                                    self.strategy.groups != "any")
 
     def _combined(self, updates: Sequence[Update]) -> Broadcast:
         if self.trust.combine is not None:
@@ -175,7 +174,7 @@ class Server:
     def shrink(self, updates: Sequence[Update]) -> None:
         """Notes the ranks of clients that prune their own for good (Strategy.prunes, HetLoRA)."""
         if self.strategy.prunes:
-            left = {u.client: max(a.rank for a in u.adapters.values()) for u in updates}
+            left = {u.client: max((a.rank for a in u.adapters.values()), default=1) for u in updates}
             self.clients = [replace(c, rank=min(c.rank, left.get(c.name, c.rank))) for c in self.clients]
 
     def rehearse(self) -> None:

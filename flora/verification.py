@@ -48,9 +48,11 @@ def verify(run: str | Path) -> list[dict[str, Any]]:
     if not folder.is_dir() or not state_of(folder):
         raise RunError(f"expected the folder of a run at {folder}; got none. Give the output_dir of a run.")
     config = parse({**load(folder / "config.yaml"), "output_dir": str(folder)}, str(folder / "config.yaml"))
+    rows = read_metrics(folder)
+    refused = {(row["round"], row["client"]) for row in rows if row["kind"] == "failure"}
     trained: dict[int, list[dict[str, Any]]] = {}
-    for row in read_metrics(folder):
-        if row["kind"] == "client":
+    for row in rows:
+        if row["kind"] == "client" and (row["round"], row["client"]) not in refused:
             trained.setdefault(row["round"], []).append(row)
     return [_round(folder / "rounds", number, trained, config) for number in sorted(trained)]
 

@@ -102,11 +102,14 @@ def test_settings_that_do_not_go_together_are_refused(place):
     late = {"late": "next", "fleet": FLEET, "round_deadline": 15.0}
     for settings, says in (
             ({"over_sampling": 1.5}, "give a fleet"), ({"late": "next"}, "expected round_deadline or over_sampling"),
-            ({**late, "groups": {"count": 2}}, "no groups"), ({"min_clients": 5}, "min_clients: expected at most"),
-            ({"min_clients": 3, "fraction_train": 0.5}, "at most"), ({"robust_bound": 1.0}, "are of robust"),
+            ({**late, "groups": {"count": 2}}, "no groups"), ({"over_sampling": 2.0, "fleet": FLEET}, "fraction_train under 1"),
+            ({"robust_bound": 1.0}, "are of robust"),
             ({"robust": "median"}, "robust"), ({"robust_share": 0.7}, "robust_share")):
         with pytest.raises(ConfigError, match=says):
             parse(one(place, "bad", **settings))
+    for few in ({"min_clients": 5}, {"min_clients": 3, "fraction_train": 0.5}, {"min_clients": 3, "groups": {"count": 2}}):
+        with pytest.raises(ConfigError, match="rounds of at least"):
+            flora.run(one(place, "bad", **few))
     for strategy in ("fedsa", "centralized", "standalone", "full"):
         with pytest.raises(StrategyError, match="robust clip: expected a strategy whose clients send whole adapters"):
             flora.run(one(place, "bad", strategy, robust="clip"))

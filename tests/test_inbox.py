@@ -73,6 +73,38 @@ def test_a_bad_update_costs_its_sender_only(strategy, what):
     assert same(mine.merge or mine.start, others.merge or others.start)
 
 
+def test_what_would_only_be_found_when_the_round_closes_is_found_before():
+    """Each of these stopped the round of all: numbers whose products overflow, weights beside adapters, no tokens, another B."""
+    huge = {"A * 1e200": lambda a: Adapter(a.A.double() * 1e200, a.B.double() * 1e-200, a.scale),
+            "scale 1e30": lambda a: Adapter(a.A, a.B, a.scale * 1e30), "8 bits": lambda a: Adapter(a.A.to(torch.float8_e4m3fn),
+                                                                                              a.B.to(torch.float8_e4m3fn), a.scale)}
+    for strategy in ("flora", "fedit", "hetlora", "zeropad"):
+        for what, lie in huge.items():
+            one = server(strategy, trust=Trust(robust=Robust("trim")))
+            answers = {f"c{k}": answer(one, k) for k in range(4)}
+            answers["c1"] = replace(answers["c1"], adapters={n: lie(a) for n, a in answers["c1"].adapters.items()})
+            assert set(one.take(answers)) == {"c1"}, what
+            assert one.close().version == 1
+    for changes in ({"base": {"blocks.0.q": torch.ones(13, 7)}}, {"adapters": {}}):
+        assert "nothing else" in server().take({"c0": answer(server(), 0, **changes)})["c0"]
+    for metrics in ({}, {"tokens": -5.0}, {"tokens": float("nan")}):
+        one = server(weighting="tokens")
+        assert "which weigh it" in one.take({"c0": answer(one, 0, metrics=metrics)})["c0"]
+    one = server("fedsb")
+    lie = answer(one, 0)
+    for B in (lie.adapters["blocks.0.q"].B + 1, lie.adapters["blocks.0.q"].B.double()):
+        assert "expected the B that it was sent, as only core" in one.take({"c0": with_layer(lie, B=B)})["c0"]
+
+
+def test_a_run_whose_clients_change_forgets_nobody():
+    one = server()
+    everybody = one.clients
+    one.clients = everybody[:2]
+    assert "not among them" in one.take({"c3": answer(server(), 3)})["c3"]
+    one.clients = everybody
+    assert one.take({"c3": answer(server(), 3)}) == {}
+
+
 def test_bytes_and_updates_are_the_same_to_a_round():
     one, other = server("ffa"), server("ffa")
     updates = [answer(one, k) for k in range(4)]
@@ -155,8 +187,11 @@ def test_a_late_update_is_refused_unless_it_is_said_what_it_counts():
     with pytest.raises(StrategyError, match="version 1 of the base; got others from c2"):
         one.receive(late)
     for strategy in ("ffa", "rolora", "fedsvd", "fedsb", "hetlora", "fedsa", "standalone", "full"):
-        with pytest.raises(StrategyError, match=f"trains both factors in every round; got {strategy}"):
+        with pytest.raises(StrategyError, match=f"trains both factors in every round.* got {strategy}"):
             server(strategy, trust=Trust(staleness=0.5))
+    for strategy, options in (("fedex", {}), ("flora", {"start": "warm"})):
+        with pytest.raises(StrategyError, match="does not split its sum"):
+            server(strategy, trust=Trust(staleness=0.5), options=options)
     with pytest.raises(StrategyError, match="weighting 0.3"):
         server(weighting=0.3, trust=Trust(staleness=0.5))
 

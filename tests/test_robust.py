@@ -9,7 +9,7 @@ from tiny import adapter, dense, same
 
 from flora.adapter import Adapter, truncate
 from flora.errors import StrategyError
-from flora.messages import Update
+from flora.messages import Broadcast, Update
 from flora.strategies import STRATEGIES, strategy_named
 from flora.strategies.robust import Robust, change, gram, sift
 
@@ -69,8 +69,9 @@ def test_clip_bounds_every_change_and_turns_none(bound):
         assert all(torch.equal(getattr(update.adapters[n], f), getattr(a, f)) for n, a in old.adapters.items() for f in "AB")
 
 
+@pytest.mark.parametrize("factors", [True, False])
 @pytest.mark.parametrize("train", ["AB", "B", "A"])
-def test_clip_takes_a_client_back_towards_the_start_it_was_sent(train):
+def test_clip_takes_a_client_back_towards_the_start_it_was_sent(train, factors):
     """Ranks 8 and above the start's are the client's own; what did not train keeps its bits."""
     sent = start()
     ranks = RANKS if train == "AB" else [6] * 5
@@ -85,14 +86,32 @@ def test_clip_takes_a_client_back_towards_the_start_it_was_sent(train):
             adapters[name] = Adapter(A + (k + 1) * noise.A * ("A" in train), B + noise.B * ("B" in train),
                                      torch.full((rank,), float(cut.scale[0])))
         updates.append(Update(adapters, 1, {}, 0, f"c{k}"))
-    limit = 0.3 * min(float(flat(u, sent).norm()) for u in updates)
-    found = sift(updates, Robust("clip", bound=limit), sent)
+    size = (lambda u: moved(u, sent)) if factors else (lambda u: float(flat(u, sent).norm()))
+    limit = 0.3 * min(size(u) for u in updates)
+    found = sift(updates, Robust("clip", bound=limit), sent, factors)
     assert set(found.shortened) == {u.client for u in updates}
     for update, old in zip(found.updates, updates, strict=True):
-        assert math.isclose(float(flat(update, sent).norm()), limit, rel_tol=1e-5)
+        if not factors:                                         # its ranks and the start's, side by side
+            t = limit / size(old)
+            for name, a in old.adapters.items():
+                exact = t * dense(a) + (1 - t) * dense(truncate(sent[name], a.rank))
+                assert float((dense(update.adapters[name]) - exact).norm()) <= 1e-6 * float(exact.norm())
+            continue
+        assert math.isclose(size(update), limit, rel_tol=1e-5)
         for name, a in update.adapters.items():
             assert "A" in train or torch.equal(a.A, old.adapters[name].A)
             assert "B" in train or torch.equal(a.B, old.adapters[name].B)
+
+
+def moved(update, sent):
+    """‖(A - A_start, B - B_start)‖_F over all layers; the start is zero in ranks that it lacks."""
+    total = 0.0
+    for name, a in update.adapters.items():
+        A, B = torch.zeros_like(a.A), torch.zeros_like(a.B)
+        rank = min(a.rank, sent[name].rank)
+        A[:rank], B[:, :rank] = sent[name].A[:rank], sent[name].B[:, :rank]
+        total += float((a.A - A).double().square().sum() + (a.B - B).double().square().sum())
+    return total**0.5
 
 
 def honest_and_liars(lie, count=10, liars=(3, 8)):
@@ -178,6 +197,40 @@ def test_what_cannot_be_judged_is_refused():
     for name, rule in STRATEGIES.items():
         if name in ("fedsa", "standalone", "centralized", "full"):
             with pytest.raises(StrategyError, match=f"whole adapters; got {name}"):
-                Robust("clip").refuse(rule)
+                Robust("clip").refuse(rule, Broadcast())
+        elif name == "raflora":
+            with pytest.raises(StrategyError, match="sums ΔW, or that sends the start"):
+                Robust("clip").refuse(rule, rule.begin(LAYERS, [4, 4], 0))
         else:
-            Robust("clip").refuse(strategy_named(name))
+            Robust("clip").refuse(strategy_named(name), rule.begin(LAYERS, [4, 4], 0))
+
+
+LIES = {"a scale of 1e4 and nothing moved": lambda a, begun: Adapter(begun.A, begun.B, begun.scale * 1e4),
+        "A up, B down": lambda a, begun: Adapter(a.A * 1e4, a.B * 1e-4, a.scale),
+        "B up, scale down": lambda a, begun: Adapter(a.A, a.B * 1e4, a.scale * 1e-4)}
+
+
+@pytest.mark.parametrize("lie", list(LIES))
+@pytest.mark.parametrize("factors", [True, False])
+def test_no_way_of_writing_a_change_escapes_the_bound(factors, lie):
+    """Where factors are combined, their moves are bounded whatever ΔW they write; where ΔW is summed, ΔW is."""
+    sent = start()
+    updates = []
+    for k in range(5):
+        adapters = {name: Adapter(sent[name].A + 0.01 * adapter(6, shape, 50 + 3 * k + i).A,
+                                  sent[name].B + 0.01 * adapter(6, shape, 80 + 3 * k + i).B, sent[name].scale)
+                    for i, (name, shape) in enumerate(LAYERS.items())}
+        updates.append(Update(adapters, 1, {}, 0, f"c{k}"))
+    updates[2] = replace(updates[2], adapters={n: LIES[lie](a, sent[n]) for n, a in updates[2].adapters.items()})
+    for how in ("clip", "krum", "trim"):
+        found = sift(updates, Robust(how), sent, factors)
+        if factors:
+            sizes = [moved(u, sent) for u in found.updates]
+            assert all(torch.equal(a.scale, sent[n].scale) for u in found.updates for n, a in u.adapters.items())
+        else:
+            sizes = [float((sum_of(u) - sum_of(Update(sent, 1))).norm()) for u in found.updates]
+        assert max(sizes) <= 1.01 * sorted(sizes)[len(sizes) // 2], (how, sizes)
+
+
+def sum_of(update):
+    return torch.cat([dense(a).flatten() for a in update.adapters.values()])

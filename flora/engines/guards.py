@@ -1,4 +1,5 @@
 """What a run's settings ask of its server beside the strategy: whom it lets in, how it judges them, what it hides or blurs."""
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -6,32 +7,50 @@ from typing import Any
 from flora import accountant, per_example
 from flora.client import LocalClient, TrainConfig
 from flora.config import RunConfig
-from flora.errors import ConfigError
+from flora.errors import AdapterError, ConfigError
 from flora.inbox import Trust
 from flora.keystream import KEY_BYTES
 from flora.messages import Broadcast, Update
 from flora.privacy import ClientPrivacy, Population, poisson_sample, private_broadcast
 from flora.proven import refuse_unproven
-from flora.secure import SecureConfig, SecureSum, agree, secure_round
+from flora.secure import SecureConfig, SecureSum, agree, contribution, secure_round
 from flora.strategies import strategy_named
 from flora.strategies.robust import Robust
 
+log = logging.getLogger(__name__)
 Shapes = Mapping[str, tuple[int, int]]
 NO_KEY = bytes(KEY_BYTES)
 
 
 @dataclass
 class Masked:
-    """Combines a round under secure aggregation: the server sees the sum alone. last: of the round before."""
+    """Combines a round under secure aggregation: the server sees the sum alone. last: of this round (`fresh`)."""
     settings: SecureConfig
     shapes: Shapes
     uniform: bool
     last: SecureSum | None = None
 
     def __call__(self, updates: Sequence[Update], sent: Broadcast) -> Broadcast:
-        equal = [replace(u, num_examples=1) for u in updates] if self.uniform else updates
-        self.last = secure_round(equal, self.shapes, self.settings, sent.run, sent.version)
+        equal = [replace(u, num_examples=1) for u in updates] if self.uniform else list(updates)
+        try:
+            self.last = secure_round(equal, self.shapes, self.settings, sent.run, sent.version)
+        except AdapterError:                                    # a client whose numbers do not fit drops out, as it would at home
+            self.last = secure_round(self._fitting(equal, sent), self.shapes, self.settings, sent.run, sent.version)
         return Broadcast(merge=self.last.adapters, version=sent.version + 1)
+
+    def _fitting(self, updates: Sequence[Update], sent: Broadcast) -> list[Update]:
+        width = self.settings.width or sum(max(a.rank for a in u.adapters.values()) for u in updates)
+        agreed = agree([u.client for u in updates], self.shapes, replace(self.settings, width=width), sent.run, sent.version)
+
+        def fits(update: Update) -> bool:
+            try:
+                contribution(update, agreed)
+            except AdapterError as error:
+                log.warning("client %s is left out of the sum: %s", update.client, error)
+                return False
+            return True
+
+        return [update for update in updates if fits(update)]
 
 
 @dataclass
@@ -52,9 +71,21 @@ class Private:
 def trust_of(config: RunConfig) -> Trust:
     """What the server of this run takes from its clients, without what needs their shapes and a key."""
     robust = Robust(config.robust, config.robust_share, config.robust_bound) if config.robust else None
-    least = max(config.min_clients, 2) if config.secure_aggregation else config.min_clients      # a sum of one hides nothing
+    least = max(config.min_clients, _most_needed(config)) if config.secure_aggregation else config.min_clients
     limits = config.limits.limits() if config.limits else None
     return Trust(least, robust, config.staleness_weight if config.late == "next" else None, limits)
+
+
+def parties(config: RunConfig) -> int:
+    """Who answers in a round: clients, groups, or the one of a pooled strategy."""
+    if strategy_named(config.strategy).pooled:
+        return 1
+    return config.groups.count if config.groups else max(1, round(config.fraction_train * config.num_clients))
+
+
+def _most_needed(config: RunConfig) -> int:
+    """Answers that a sum under masks needs: its threshold, of those who are asked. One alone would hide nothing."""
+    return max(2, config.secure_aggregation.threshold or 2 * parties(config) // 3 + 1)
 
 
 def guarded(config: RunConfig, shapes: Shapes, clients: Sequence[LocalClient], key: bytes = NO_KEY) -> Trust:
@@ -85,6 +116,17 @@ def _uses(train: TrainConfig, clients: Sequence[LocalClient]) -> int:
     return max(per_example.uses_in_a_round(len(c.rows), train, c.max_steps) for c in clients)
 
 
+def sent_up(trust: Trust, counted: Mapping[str, int]) -> Mapping[str, int]:
+    """Bytes that each client has sent in the round: those of its masked sums, or as counted."""
+    return trust.combine.last.bytes_up if isinstance(trust.combine, Masked) and trust.combine.last else counted
+
+
+def fresh(trust: Trust) -> None:
+    """Forgets what the round before took."""
+    if isinstance(trust.combine, Masked):
+        trust.combine.last = None
+
+
 def row(config: RunConfig, train: TrainConfig, clients: Sequence[LocalClient], trust: Trust, rounds: int) -> dict[str, float]:
     """What a row of the report says: the ε of so many rounds; the error of the last sum under masks, and its seconds."""
     own, found = config.privacy, {}
@@ -98,11 +140,6 @@ def row(config: RunConfig, train: TrainConfig, clients: Sequence[LocalClient], t
     return found
 
 
-def sent_up(trust: Trust, counted: Mapping[str, int]) -> Mapping[str, int]:
-    """Bytes that each client has sent in the round: those of its masked sums, or as counted."""
-    return trust.combine.last.bytes_up if isinstance(trust.combine, Masked) and trust.combine.last and counted else counted
-
-
 def masked_bytes(config: RunConfig, shapes: Shapes, clients: Sequence[LocalClient]) -> int:
     """Bytes of the masked sums that all these clients send of these layers in a round, without the keys."""
     own = config.secure_aggregation
@@ -113,7 +150,16 @@ def masked_bytes(config: RunConfig, shapes: Shapes, clients: Sequence[LocalClien
 
 def check(config: RunConfig) -> None:
     """Raises ConfigError or StrategyError for settings with which privacy or secure aggregation would not be what they say."""
+    count = parties(config)
+    judged = config.robust and not strategy_named(config.strategy).pooled
+    least = max(trust_of(config).min_clients, Robust(config.robust, config.robust_share).needs(count) if judged else 0)
+    if least > count:
+        raise ConfigError(f"expected rounds of at least {least} clients (or groups), as min_clients, robust or secure_aggregation "
+                          f"need; got {count}. Raise fraction_train or num_clients, or lower what needs them.")
     if config.privacy is not None:
+        if config.privacy.rank is not None and config.strategy != "flora":
+            raise ConfigError(f"privacy.rank is of strategy flora, whose noisy sum is compressed; got {config.strategy}. Leave it "
+                              "out.")
         refuse_unproven(config.strategy, config.weighting, [*_features(config)], config.privacy.level)
         scales = {alpha / rank for rank, alpha in zip(config.ranks(), config.alphas(), strict=True)}
         if config.privacy.level == "client" and config.strategy != "flora" and len(scales) > 1:
@@ -133,6 +179,8 @@ def check(config: RunConfig) -> None:
     if config.weighting not in ("examples", "uniform"):
         raise ConfigError(f"secure_aggregation: expected weighting examples or uniform; got {config.weighting}. Tokens travel in "
                           "the open.")
+    settings = SecureConfig(**{**config.secure_aggregation.model_dump(), "width": 1})
+    agree([str(k) for k in range(count)], {"rehearsal": (4, 4)}, settings)
 
 
 def _features(config: RunConfig) -> Iterator[str]:
@@ -140,7 +188,8 @@ def _features(config: RunConfig) -> Iterator[str]:
     used: dict[str, Any] = {
         "groups": config.groups, "adalora": config.adalora, "rank_decay": strategy_named(config.strategy).prunes,
         "filter": config.robust, "late": config.late == "next", "start": config.start not in (None, "fresh"),
-        "server_learning_rate": config.server_learning_rate, "absent": config.absent == "renormalise",
+        "communication_budget": config.communication_budget_mb, "server_learning_rate": config.server_learning_rate,
+        "absent": config.absent == "renormalise",
         "mixed_alpha": config.mixed_alpha == "fold", "over_sampling": config.over_sampling > 1,
         "min_clients": config.min_clients > 1, "round_deadline": config.round_deadline}
     if config.privacy.level == "example":

@@ -28,7 +28,7 @@ from flora.engines.prepare import Job, environment, prepare, rehearse
 from flora.engines.traffic import Traffic, total
 from flora.errors import ConfigError
 from flora.group import Group, GroupCohort, leaves
-from flora.messages import Update
+from flora.messages import Broadcast, Update
 from flora.nn import accumulate, residuals, target_shapes, weights
 from flora.report import Report
 from flora.server import Server, first_broadcast
@@ -159,6 +159,7 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
         state.late = {u.client: u for u in leaving if lost.get(u.client) == "next"}
         left_out = {name: LOST[how] for name, how in lost.items()} | cohort.failures | server.take(arrived)
         left_out |= {NO_ROUND: reason} if (reason := server.short()) and arrived else {}
+        guards.fresh(server.trust)
         server.close((), dense_weights(job, server))
         left_out |= {} if reason else server.sifted.left_out
         seconds = cohort.seconds | {"aggregate": time.perf_counter() - began}
@@ -178,7 +179,8 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
         tree.shrink(leaves(server.clients))
         down = sum(traffic.down(server, server.sample(number + 1)).values())
         began = time.perf_counter()
-        folder.save_round(number, updates, server.broadcast, config.keep_rounds, config.model_name_or_path)
+        made = Broadcast() if reason else server.broadcast
+        folder.save_round(number, updates, made, config.keep_rounds, config.model_name_or_path)
         seconds["save"] = time.perf_counter() - began
         row = (server_row(number + 1, job, server, state.home, seconds) if measured
                else unmeasured_row(number + 1, job, server, seconds))

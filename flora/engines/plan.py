@@ -136,7 +136,7 @@ def _bytes(config: RunConfig, shapes: Shapes, parties: Sequence[LocalClient],
     """Bytes up and down of each round, and down before the first, of a model that has this layer alone."""
     options = config.strategy_options()
     server = Server(config.strategy, parties, first_broadcast(config.strategy, shapes, parties, config.seed, options),
-                    config.fraction_train, config.weighting, config.seed, options=options,
+                    min(1.0, config.fraction_train * config.over_sampling), config.weighting, config.seed, options=options,
                     downlink=Downlink(config.downlink, config.downlink_tol), shapes=shapes,
                     trust=None if config.secure_aggregation else _without_chance(guards.guarded(config, shapes, parties)))
     server.rehearse()

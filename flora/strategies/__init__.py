@@ -3,10 +3,8 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
-
 from flora.adapter import all_layers
-from flora.errors import StrategyError
+from flora.errors import MessageError, StrategyError
 from flora.messages import Broadcast, Update
 from flora.strategies.average import CENTRALIZED, FEDIT, FEDSA, HETLORA, STANDALONE, ZEROPAD
 from flora.strategies.base import Strategy, come_home, leave_home, one_rank
@@ -14,8 +12,11 @@ from flora.strategies.exact import FEDEX, FLORA
 from flora.strategies.frozen import FEDSB, FEDSVD, FFA, ROLORA
 from flora.strategies.full import FULL
 from flora.strategies.spectral import FLEXLORA, FLORIST, RAFLORA
+from flora.wire import largest
 
 __all__ = ["STRATEGIES", "Strategy", "aggregate", "check_update", "come_home", "leave_home", "strategy_named"]
+
+LARGEST = 1e12                                                  # in a factor, a scale or a weight: A, B and s multiply
 
 STRATEGIES: dict[str, Strategy] = {s.name: s for s in (
     FLORA, FEDIT, ZEROPAD, HETLORA, FLEXLORA, FLORIST, FFA, ROLORA, FEDEX, FEDSA, FEDSVD, FEDSB, RAFLORA, CENTRALIZED, STANDALONE,
@@ -74,8 +75,14 @@ def check_update(update: Update, who: str, shapes: Mapping[str, tuple[int, int]]
         if tuple(shapes[layer]) != have:
             raise StrategyError(f"client {who}, {layer}: expected an adapter for (out, in) = {tuple(shapes[layer])} as the others "
                                 f"sent; got {have}")
-        if not all(bool(torch.isfinite(t).all()) for t in tensors):
-            raise StrategyError(f"client {who}, {layer}: expected finite numbers; got NaN or infinity. Leave the client out.")
+        try:
+            top = max(largest(layer, t) for t in tensors)
+        except MessageError:
+            raise StrategyError(f"client {who}, {layer}: expected finite numbers; got NaN or infinity. Leave the client out."
+                                ) from None
+        if top > LARGEST:
+            raise StrategyError(f"client {who}, {layer}: expected numbers up to {LARGEST:g}, whose products fp32 can hold; got "
+                                f"{top:.3g}. Leave the client out.")
 
 
 def aggregate(updates: Sequence[Update], strategy: str = "flora", **options: object) -> Broadcast:

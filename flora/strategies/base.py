@@ -30,7 +30,8 @@ class Strategy:
     home: the factors that never leave the client ("", "B" or "AB"). pooled: the run trains one client on everybody's rows (the
     papers' upper bound). mixed_ranks: whether clients may differ in rank. dense: updates carry weights, not adapters. prunes:
     clients lower their own ranks for good while they train. groups: the answers that it can aggregate of groups (group.py): "any",
-    as it sums ΔW; "alike", of groups that aggregate by this rule themselves, as it combines factors; "", none.
+    as it sums ΔW; "alike", of groups that aggregate by this rule themselves, as it combines factors; "", none. splits: one part of
+    the sum is merged and the rest sent as a start, so an old update counts what was merged since twice.
     """
     name: str
     summary: str
@@ -43,6 +44,7 @@ class Strategy:
     dense: bool = False
     prunes: bool = False
     groups: Literal["", "alike", "any"] = ""
+    splits: bool = False
 
     @property
     def options(self) -> list[str]:

@@ -97,4 +97,4 @@ def aggregate_fedex(updates: Sequence[Update], weights: str | float = "examples"
 FLORA = Strategy("flora", "stacks the adapters: exact for any mix of ranks", "FLoRA, arXiv 2409.05976", begin_flora,
                  aggregate_flora, mixed_ranks=True, groups="any")
 FEDEX = Strategy("fedex", "averages A and B, and merges what that leaves out: exact and warm", "FedEx-LoRA, arXiv 2410.09432",
-                 begin_one_rank, aggregate_fedex)
+                 begin_one_rank, aggregate_fedex, splits=True)

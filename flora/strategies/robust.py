@@ -1,11 +1,12 @@
 """Updates with which a few clients would spoil a round: bounded, or left out, before a rule combines the rest.
 
-Everything is judged by the change that a client makes, ΔW_k less the start that it was sent, and by inner products alone:
+Everything is judged by the change that a client makes to what the rule sums, and by inner products of changes alone. K clients give
+a (K, K) Gram matrix, of which norms, distances and angles are read off. Rules that sum ΔW: ΔW_k less the start that was sent, by
 
     ⟨ΔW_k, ΔW_l⟩_F = Σ over layers of Σ ((B_k S_k)ᵀ (B_l S_l)) ⊙ (A_k A_lᵀ)
 
-so K clients give a (K, K) Gram matrix out of products of rank size, nothing dense is formed, and norms, distances and angles are
-read off it. Mixed ranks need no care. An inner product ignores which factors wrote it: a client cannot hide by rotating them.
+products of rank size, nothing dense; which factors wrote a ΔW does not matter. Rules that combine factors: how far A and B moved
+from the start, at the start's scale; ranks that had no start count whole. Mixed ranks need no care in either.
 
 None of these stops a client that stays within what honest ones send; with skewed data an honest client may look like a liar.
 """
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from flora.adapter import Adapter, Adapters, all_layers, pad, stack, truncate
 from flora.errors import StrategyError
-from flora.messages import Update
+from flora.messages import Broadcast, Update
 from flora.parallel import each
 from flora.strategies.base import Strategy, one_of
 
@@ -48,11 +49,14 @@ class Robust:
         """Updates that a round must have so that this can judge it, of as many as count."""
         return 2 * math.floor(self.share * count) + 3 if self.how == "krum" else 3
 
-    def refuse(self, rule: Strategy) -> None:
-        """Raises StrategyError for a rule whose updates do not say what a client changes."""
+    def refuse(self, rule: Strategy, first: Broadcast) -> None:
+        """Raises StrategyError for a rule whose updates do not say what a client changes. first: what a run begins with."""
         if rule.home or rule.pooled or rule.dense:
             raise StrategyError(f"robust {self.how}: expected a strategy whose clients send whole adapters; got {rule.name}. Leave "
                                 "robust out, or take another strategy.")
+        if rule.groups != "any" and first.start is None:
+            raise StrategyError(f"robust {self.how}: expected a strategy that sums ΔW, or that sends the start from which factors "
+                                f"move; got {rule.name}. Leave robust out, or take another strategy.")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,20 @@ def change(update: Update, sent: Adapters | None) -> dict[str, Adapter]:
             for layer, a in update.adapters.items()}
 
 
+def moves(update: Update, sent: Adapters | None) -> dict[str, tuple[Tensor, Tensor, Adapter]]:
+    """By layer how far A (r, in) and Bᵀ (r, out) moved, fp64, and what they moved from: the start cut to the client's rank, with
+    zeros in the ranks that had none. A scale other than the start's is written into B first."""
+    out = {}
+    for layer, a in update.adapters.items():
+        given = (sent or {}).get(layer)
+        begun = pad(truncate(given, a.rank), a.rank) if given is not None else Adapter(
+            torch.zeros_like(a.A), torch.zeros_like(a.B), a.scale)
+        ratio = (a.scale.double() / begun.scale.double()).nan_to_num(0.0, 0.0, 0.0)
+        out[layer] = (a.A.detach().double() - begun.A.detach().double(),
+                      (a.B.detach().double() * ratio - begun.B.detach().double()).T, begun)
+    return out
+
+
 def gram(changes: Sequence[Adapters]) -> Tensor:
     """⟨ΔW_k, ΔW_l⟩_F over all layers, fp64 (K, K); a layer that one of them lacks is zero there."""
     def one(layer: str) -> Tensor:
@@ -84,8 +102,22 @@ def gram(changes: Sequence[Adapters]) -> Tensor:
     return sum(each(one, all_layers(changes)), torch.zeros(len(changes), len(changes), dtype=torch.float64))
 
 
-def sift(updates: Sequence[Update], robust: Robust, sent: Adapters | None = None) -> Sifted:
-    """The updates of a round as a rule may combine them. sent: the start that they were trained from.
+def gram_of_moves(moved: Sequence[Mapping[str, tuple[Tensor, Tensor, Adapter]]]) -> Tensor:
+    """⟨moves of k, moves of l⟩ over all layers and both factors, fp64 (K, K); ranks and layers that one of them lacks are zero."""
+    total = torch.zeros(len(moved), len(moved), dtype=torch.float64)
+    for layer in dict.fromkeys(name for one in moved for name in one):
+        have = [(k, one[layer]) for k, one in enumerate(moved) if layer in one]
+        rank = max(len(dA) for _, (dA, _, _) in have)
+        rows = torch.stack([torch.cat([torch.nn.functional.pad(part, (0, 0, 0, rank - len(part))).flatten() for part in parts[:2]])
+                            for _, parts in have]).cpu()
+        whose = torch.tensor([k for k, _ in have])
+        total[whose[:, None], whose] += rows @ rows.T
+    return total
+
+
+def sift(updates: Sequence[Update], robust: Robust, sent: Adapters | None = None, factors: bool = False) -> Sifted:
+    """The updates of a round as a rule may combine them. sent: the start that they were trained from; factors: the rule combines
+    factors, not ΔW.
 
     Raises StrategyError for fewer updates than can be judged (Robust.needs).
     Reference: norm bounding, arXiv 1911.07963; Krum, NeurIPS 2017 (arXiv 1703.02757); in rank space: ours.
@@ -94,23 +126,20 @@ def sift(updates: Sequence[Update], robust: Robust, sent: Adapters | None = None
     if len(updates) < least:
         raise StrategyError(f"robust {robust.how}: expected at least {least} updates to judge {len(updates)} by, with "
                             f"share={robust.share}; got {len(updates)}. Sample more clients, or lower share.")
-    products = gram([change(update, sent) for update in updates])
+    products = gram_of_moves([moves(u, sent) for u in updates]) if factors else gram([change(u, sent) for u in updates])
     norms = products.diagonal().clamp(min=0.0).sqrt()
-    kept, factors = _clip(updates, norms, robust.bound or float(norms.median()), sent)
+    bound = robust.bound or float(norms.median())
+    long = {k: bound / norm for k, norm in enumerate(norms.tolist()) if norm > bound * (1 + 1e-9)}
+    back = moved_back if factors else shortened
+    kept = [back(u, long.get(k, 1.0), sent) if k in long or (factors and _rescaled(u, sent)) else u for k, u in enumerate(updates)]
+    cut = {updates[k].client: factor for k, factor in long.items()}
     if robust.how == "clip":
-        return Sifted(kept, {}, factors)
+        return Sifted(kept, {}, cut)
     unit = norms.clamp(min=float(norms.max()) * 1e-12 or 1.0)
     cosines = products / unit[:, None] / unit
     out = (_krum if robust.how == "krum" else _trim)(cosines, math.floor(robust.share * len(updates)))
     left = {updates[k].client: why for k, why in out.items()}
-    return Sifted([u for u in kept if u.client not in left], left, {c: f for c, f in factors.items() if c not in left})
-
-
-def _clip(updates: Sequence[Update], norms: Tensor, bound: float, sent: Adapters | None) -> tuple[list[Update], dict[str, float]]:
-    """The updates with every change at most so long, and the factors of those that were longer."""
-    factors = {k: bound / norm for k, norm in enumerate(norms.tolist()) if norm > bound * (1 + 1e-9)}
-    kept = [shortened(u, bound, float(norms[k]), sent) if k in factors else u for k, u in enumerate(updates)]
-    return kept, {updates[k].client: factor for k, factor in factors.items()}
+    return Sifted([u for u in kept if u.client not in left], left, {c: f for c, f in cut.items() if c not in left})
 
 
 def _krum(cosines: Tensor, spare: int) -> dict[int, str]:
@@ -130,38 +159,24 @@ def _trim(cosines: Tensor, spare: int) -> dict[int, str]:
             for k in agree.argsort(stable=True)[:spare].tolist() if float(agree[k]) < 0}
 
 
-def shortened(update: Update, bound: float, norm: float, sent: Adapters | None) -> Update:
-    """The update with ‖change‖_F = bound: by its scale where it started from nothing, else back towards its start along the
-    straight line of the factors. norm: of its change."""
+def shortened(update: Update, t: float, sent: Adapters | None) -> Update:
+    """t times its change of ΔW: t ΔW_k by the scale, and (1 - t) of the start beside it."""
     held = sent or {}
-    if not any(layer in held for layer in update.adapters):
-        return replace(update, adapters={layer: a * (bound / norm) for layer, a in update.adapters.items()})
-    starts = {layer: _start(a, held.get(layer)) for layer, a in update.adapters.items()}
-    steps = {layer: (a.A.double() - starts[layer].A.double(), a.B.double() - starts[layer].B.double())
-             for layer, a in update.adapters.items()}
-    linear = {layer: stack([Adapter(dA, starts[layer].B.double(), a.scale), Adapter(starts[layer].A.double(), dB, a.scale)])
-              for (layer, a), (dA, dB) in zip(update.adapters.items(), steps.values(), strict=True)}
-    square = {layer: Adapter(dA, dB, update.adapters[layer].scale) for layer, (dA, dB) in steps.items()}
-    t = _reach(gram([linear, square]), bound)
-    back = {layer: (starts[layer].A.double() + t * dA, starts[layer].B.double() + t * dB) for layer, (dA, dB) in steps.items()}
-    return replace(update, adapters={layer: Adapter(back[layer][0].to(a.A.dtype), back[layer][1].to(a.B.dtype), a.scale)
-                                     for layer, a in update.adapters.items()})
+    return replace(update, adapters={
+        layer: stack([a * t, truncate(held[layer], a.rank) * (1.0 - t)]) if layer in held else a * t
+        for layer, a in update.adapters.items()})
 
 
-def _start(a: Adapter, sent: Adapter | None) -> Adapter:
-    """What a client's factors started from: the start cut to its rank; ranks above it with its own A, and B = 0."""
-    if sent is None:
-        return Adapter(a.A, torch.zeros_like(a.B), a.scale)
-    cut = truncate(sent, a.rank)
-    more = pad(cut, a.rank)
-    return Adapter(torch.cat([cut.A, a.A[cut.rank:].to(cut.A.dtype)]), more.B, a.scale)
+def moved_back(update: Update, t: float, sent: Adapters | None) -> Update:
+    """The start and t times the moves of its factors, at the start's scale. A factor that did not move keeps its bits."""
+    out = {}
+    for layer, (dA, dB, begun) in moves(update, sent).items():
+        a = update.adapters[layer]
+        out[layer] = Adapter((begun.A.double() + t * dA).to(a.A.dtype), (begun.B.double() + t * dB.T).to(a.B.dtype), begun.scale)
+    return replace(update, adapters=out)
 
 
-def _reach(products: Tensor, bound: float) -> float:
-    """t in [0, 1] with ‖t L + t² Q‖_F = bound, by bisection. products: the Gram matrix of L and Q."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        t = (low + high) / 2
-        at = t * t * (products[0, 0] + 2 * t * products[0, 1] + t * t * products[1, 1])
-        low, high = (t, high) if float(at) <= bound * bound else (low, t)
-    return low
+def _rescaled(update: Update, sent: Adapters | None) -> bool:
+    """Whether it has another scale than its start, at which moves are judged."""
+    return any(not torch.equal(a.scale.cpu(), truncate(sent[layer], a.rank).scale.cpu()) for layer, a in update.adapters.items()
+               if sent and layer in sent)
