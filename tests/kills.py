@@ -79,10 +79,13 @@ class Watch:
 
 def child(request, out):
     """Runs or resumes, and writes to `out` what it did."""
+    import torch
+
     import flora
     from flora.engines.local import resume
     from flora.errors import RunError
 
+    torch.set_num_threads(1)                                    # torch's own pool is made anew after a fork, by one thread only
     said, watch = {"error": ""}, Watch(request["folder"], request["at"], request["how"])
     try:
         resume(request["folder"]) if request["config"] is None else flora.run(request["config"])
