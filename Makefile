@@ -3,6 +3,7 @@
 #   make test     all tests        make check   lint        make bench   benchmarks of this machine
 #   make gpu      tests and benchmarks of a GPU (PY=python3 takes an environment that exists)
 #   make soak     50 kills, a fault at every write, 500 rounds with clients that die (20 minutes)
+#   make fuzz     messages from strangers, by a coverage-guided fuzzer (FUZZ="-runs=200000"; a find is written to the folder)
 #   make aot      compile the Triton kernels for sm_80 and sm_90 without a GPU    make docs   the documentation, in site/
 # PYTHON=python3.12 chooses an interpreter; TORCH_INDEX=URL a package index for torch (the CPU builds of pytorch.org are smaller).
 
@@ -13,7 +14,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: install check test soak demo bench gpu aot docs clean
+.PHONY: install check test soak fuzz demo bench gpu aot docs clean
 install: $(STAMP)
 
 $(VENV)/.torch: constraints.txt
@@ -59,6 +60,11 @@ gpu: $(if $(filter command,$(firstword $(origin PY))),,install)
 
 aot: install
 	$(PY) dev/aot.py
+
+FUZZ ?= -runs=200000
+fuzz: install
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev,fuzz]'
+	$(PY) tests/fuzz/fuzz_messages.py build/fuzz $(FUZZ)
 
 docs: install
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev,docs]'

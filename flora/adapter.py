@@ -227,21 +227,22 @@ def _times_Q(QR: tuple[Tensor, Tensor], right: Tensor) -> Tensor:
 
 def of_dense(delta: Tensor, rank: int | None = None, tol: float | None = None) -> tuple[Adapter, float]:
     """The best adapter of a dense sum (a streaming server's; out, in) at this rank or relative error, as compress gives it, and
-    its relative error in the Frobenius norm. With a rank alone by a seeded randomised SVD. Raises AdapterError as compress does."""
+    its relative error in the Frobenius norm. With a rank alone by a seeded randomised SVD. In fp32, or fp64 of an fp64
+    sum. Raises AdapterError as compress does."""
     _check_bounds(rank, tol)
-    full = min(delta.shape)
+    full, delta = min(delta.shape), delta.to(_sum_dtype(delta))
     if rank is not None and tol is None and rank + 8 < full // 2:
         devices = [delta.device] if delta.is_cuda else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(0)
-            U, sigma, V = torch.svd_lowrank(delta.float(), rank + 8, niter=4)
+            U, sigma, V = torch.svd_lowrank(delta, rank + 8, niter=4)
         Vh = V.T
     else:
-        U, sigma, Vh = torch.linalg.svd(delta.float(), full_matrices=False)
+        U, sigma, Vh = torch.linalg.svd(delta, full_matrices=False)
     keep = _kept(sigma.double(), rank, tol)
     root = sigma[:keep].sqrt()
-    adapter = Adapter(root[:, None] * Vh[:keep], U[:, :keep] * root, torch.ones(keep, device=delta.device))
-    size, lost = float(delta.norm()), float(torch.addmm(delta.float(), adapter.B, adapter.A, alpha=-1).norm())
+    adapter = Adapter(root[:, None] * Vh[:keep], U[:, :keep] * root, 1.0)
+    size, lost = float(delta.norm()), float(torch.addmm(delta, adapter.B, adapter.A, alpha=-1).norm())
     return adapter, lost / size if size else 0.0
 
 

@@ -6,6 +6,7 @@
                                                 of the aggregate that training goes on from, where there is one
     checkpoint/NUMBER                           what resume needs; only while the run is unfinished
     model/                                      the merged model and its tokenizer, when the run is finished
+    privacy.key                                 the secret of its noise, with privacy; not to be passed on
     adapter/                                    in its place, where updates stay beside the base (merge_into: adapter)
 
 A folder appears under its name only when it is whole and on the disk: a failed write, a killed process and a loss of power lose the
@@ -14,6 +15,7 @@ write at hand and nothing else. The newest checkpoint is the one of the largest 
 import contextlib
 import errno
 import json
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,7 @@ from flora.errors import RunError
 from flora.files import LOCK, hold, leftover, make_folder, release, remove, safe_name, staged, sweep, write_text
 from flora.formats import save_peft
 from flora.group import concatenated
+from flora.keystream import KEY_BYTES
 from flora.messages import Broadcast, Update
 from flora.nn import accumulated
 from flora.server import Server
@@ -160,6 +163,19 @@ class RunFolder:
             self._overwrite = False
             write_text(self.path / "config.yaml", config_yaml)
             write_text(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+    def secret(self, resumed: bool) -> bytes:
+        """The 32 secret bytes of this run, for its noise: drawn when it begins, kept in privacy.key for its owner alone. Raises
+        RunError where a run that goes on has lost them: it could not repeat what it has released."""
+        path = self.path / "privacy.key"
+        with disk_errors(self.path):
+            if not path.exists() and not resumed:
+                write_text(path, secrets.token_hex(KEY_BYTES) + "\n", private=True)
+            key = bytes.fromhex(path.read_text()) if path.exists() else b""
+        if len(key) != KEY_BYTES:
+            raise RunError(f"expected the key of this run's noise in {path}; got {'none' if not key else 'another file'}. Put it "
+                           "back, or start the run again with --overwrite.")
+        return key
 
     def save_round(self, number: int, updates: Sequence[Update], broadcast: Broadcast, keep: int, base_model: str) -> None:
         """Writes in PEFT's format every client's adapters, the aggregate (merge and start together: a stack of both), and the

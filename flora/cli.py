@@ -1,4 +1,4 @@
-"""The verbs: `flora run | resume | compare | verify | partition | fetch | merge | tune | doctor`; an error says what to do."""
+"""The verbs, `flora run`, `resume`, `compare` and so on (USAGE); an error says what to do."""
 import dataclasses
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +19,8 @@ flora: federated LoRA fine-tuning with mixed ranks, aggregated exactly
   flora compare [CONFIG.yaml] --strategies A,B[:key=value] [--seeds 0,1,2] [--lr-grid 1e-4,1e-3] [--key value ...]
                                               strategies on equal terms       flora compare c.yaml --strategies flora,fedit
   flora verify FOLDER                         aggregates, recomputed in fp64  flora verify runs/demo
+  flora export FOLDER --out DIR [--client NAME]
+                                              the result, with a model card   flora export runs/demo --out demo-model
   flora partition [CONFIG.yaml] [--groups N] [--plot FILE.svg] [--label COLUMN] [--key value ...]
                                               labels of clients and groups    flora partition c.yaml --groups 8 --plot labels.svg
   flora fetch [NAME ...]                      models and data by name         flora fetch smollm2-135m chitchat
@@ -31,7 +33,8 @@ flora: federated LoRA fine-tuning with mixed ranks, aggregated exactly
 """
 
 
-FILE_ONLY = ("groups", "fleet")                                 # keys with keys of their own that a command line has no room for
+# Keys with keys of their own that a command line has no room for.
+FILE_ONLY = ("groups", "fleet", "privacy", "secure_aggregation", "limits")
 
 
 class _Usage(Exception):
@@ -160,6 +163,12 @@ def _merge(arguments: list[str]) -> None:
     merge(arguments)
 
 
+def _export(arguments: list[str]) -> None:
+    from flora.exporting import main as export
+
+    export(arguments)
+
+
 def _tune(arguments: list[str]) -> None:
     from flora.tuning import main as tune
 
@@ -173,7 +182,7 @@ def _doctor(arguments: list[str]) -> None:
 
 
 VERBS = {"run": _run, "resume": _resume, "compare": _compare, "verify": _verify, "partition": _partition, "fetch": _fetch,
-         "merge": _merge, "tune": _tune, "doctor": _doctor}
+         "merge": _merge, "export": _export, "tune": _tune, "doctor": _doctor}
 
 
 def _call(arguments: list[str]) -> None:
@@ -189,7 +198,7 @@ def _call(arguments: list[str]) -> None:
         import difflib
         near = difflib.get_close_matches(verb, VERBS, 1)
         raise _Usage(f"no such verb: {verb}" + (f"; did you mean {near[0]}?" if near else ""))
-    if verb not in ("run", "merge", "tune") and rest and rest[0] in ("-h", "--help"):
+    if verb not in ("run", "merge", "tune", "export") and rest and rest[0] in ("-h", "--help"):
         print(USAGE, end="")
         return
     VERBS[verb](rest)

@@ -1,11 +1,12 @@
 """Two records: who trains (LocalClient) and how (TrainConfig). Neither holds a model."""
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from flora.adapter import Adapters
 from flora.errors import ConfigError
+from flora.keystream import KEY_BYTES
 from flora.losses import Loss
 
 
@@ -54,6 +55,8 @@ class TrainConfig:
     loss: what is minimised (losses.py; None: CausalLM). proximal_mu: FedProx's weight of half the squared distance of what trains
     from its start (arXiv 1812.06127). rank_decay, rank_penalty: HetLoRA's self-pruning (0: none; arXiv 2401.06432). adalora_keep:
     the share of its ranks that a client keeps, by AdaLoRA (None: all, no AdaLoRA; arXiv 2303.10512); not both.
+    example_clip, example_noise: C and z of differential privacy for each example (per_example.py; 0: none), for broadcasts that
+    train B alone; example_key: 32 secret bytes of this run alone, which give the noise (None: drawn anew, and not repeated).
     """
     learning_rate: float = 3e-4
     max_steps: int | None = None
@@ -75,6 +78,9 @@ class TrainConfig:
     rank_decay: float = 0.0
     rank_penalty: float = 0.0
     adalora_keep: float | None = None
+    example_clip: float = 0.0
+    example_noise: float = 0.0
+    example_key: bytes | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         def need(name: str, good: bool, expected: str) -> None:
@@ -97,6 +103,14 @@ class TrainConfig:
         need("rank_penalty", 0 <= self.rank_penalty < math.inf, "a number >= 0")
         need("adalora_keep", self.adalora_keep is None or 0 < self.adalora_keep <= 1, "a share in (0, 1], or None")
         need("rank_decay", not (self.rank_decay and self.adalora_keep is not None), "0 with adalora_keep, which prunes ranks too")
+        need("example_clip", 0 <= self.example_clip < math.inf, "a finite norm >= 0 (0: no differential privacy)")
+        need("example_noise", 0 <= self.example_noise < math.inf, "a finite number >= 0")
+        need("example_noise", self.example_clip > 0 or not self.example_noise, "0 without example_clip, in whose units it is")
+        for name in ("adalora_keep", "rank_decay") if self.example_clip else ():
+            need(name, not getattr(self, name), "none with example_clip: which ranks are pruned depends on gradients without noise")
+        if self.example_key is not None and len(self.example_key) != KEY_BYTES:
+            raise ConfigError(f"example_key: expected {KEY_BYTES} bytes; got {len(self.example_key)}. Make them with "
+                              f"secrets.token_bytes({KEY_BYTES}).")
 
 
 def learning_rate_factor(step: int, num_steps: int, warmup_steps: int, kind: str) -> float:

@@ -36,6 +36,7 @@ from flora.messages import Broadcast, Update
 from flora.nn import applied, target_shapes
 from flora.packed import MOST_CLIENTS, MOST_RANKS, Packed, joined
 from flora.packing import device_of, packable, traits_of
+from flora.per_example import digest
 from flora.seeds import derive
 from flora.versions import MergeConfig, bring_to
 from flora.whole import Whole, own_weights
@@ -115,7 +116,7 @@ class Cohort:
         self.failures = {client.name: self.failures[client.name] for client in self.clients if client.name in self.failures}
         return [Update(trained[m.client.name][0], len(m.client.rows), {
             "loss": sum(m.losses) / len(m.losses), "last_loss": m.losses[-1], "steps": len(m.losses), "tokens": m.tokens,
-            "seconds": took * m.tokens / self._tokens, "tokens_per_second": self.rate}, broadcast.version, m.client.name,
+            "seconds": took * m.tokens / max(1, self._tokens), "tokens_per_second": self.rate}, broadcast.version, m.client.name,
             trained[m.client.name][1]) for m in members if m.client.name in trained]
 
     def _refuse(self, broadcast: Broadcast, frozen: Adapters | Sequence[Adapters | None] | None) -> None:
@@ -125,6 +126,9 @@ class Cohort:
             if getattr(config, name) and train != "AB":
                 raise ConfigError(f'{name}: expected a broadcast that trains "AB", whose ranks can be pruned; got one that trains '
                                   f'"{train}". Leave {name} out, or take another strategy.')
+        if config.example_clip and train != "B":
+            raise ConfigError(f'example_clip: expected a broadcast that trains "B" alone, as noise on A and on B multiplies in '
+                              f'their product; got one that trains "{train}". Use strategy ffa or fedsvd, or leave it out.')
         if train == "weight" and (frozen or broadcast.start or any(client.start for client in self.clients)):
             raise ConfigError("expected neither a start nor frozen ranks with full fine-tuning, which has no adapters; got some. "
                               "Merge them into the base first.")
@@ -173,15 +177,17 @@ class Cohort:
             asleep.setdefault(name, []).append(a)
         size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
         epoch = steps_per_epoch(len(client.rows), size, accumulation)
+        units = (lambda row: 1) if config.example_clip else self._loss.terms            # which rows have labels must not show
         return Member(
             client, lambda: starting_adapters(client, held, own, config.seed, version),
             client.rank * sum(map(sum, own.values())),
             {name: parts[0] if len(parts) == 1 else stack([a.to("cpu") for a in parts]) for name, parts in asleep.items()},
-            training_steps(client.rows, size, accumulation, config.shuffle, config.seed, (client.name, version), self._loss.terms),
+            training_steps(client.rows, size, accumulation, config.shuffle, config.seed, (client.name, version), units),
             client.max_steps or config.max_steps or math.ceil(config.num_train_epochs * epoch),
             client.learning_rate or config.learning_rate, derive(config.seed, client.name, version, "dropout"),
             list(self.shapes).index(next(iter(own))), _tokens_a_step(client.rows, size * accumulation, self._loss), list(own),
-            (self.optimizer_states or {}).get(client.name))
+            (self.optimizer_states or {}).get(client.name),
+            f"{broadcast.run}/{client.name}/{version}/{digest(held)}" if config.example_clip else "")
 
     def _fit_group(self, members: Sequence[Member], broadcast: Broadcast, on_step: OnStep | None,
                    clock: Clock) -> dict[str, Trained]:

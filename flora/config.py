@@ -8,11 +8,20 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
 
+from flora.consistency import conflicts
 from flora.errors import ConfigError
-from flora.sections import DeviceConfig, GroupsConfig, MemoryConfig, PartitionConfig, Strict
+from flora.sections import (
+    DeviceConfig,
+    GroupsConfig,
+    LimitsConfig,
+    MemoryConfig,
+    PartitionConfig,
+    PrivacyConfig,
+    SecureAggregationConfig,
+    Strict,
+)
 
 OTHER_BRANCH = ("list_type", "int_type", "float_type")          # said of every branch of a union but the one that was meant
-EVALUATIONS = r"labels|answers|lm_eval:.+|mt_bench:.+"
 NotNegative = Annotated[int, Field(ge=0)]
 
 
@@ -37,6 +46,21 @@ class RunConfig(Strict):
     """The link between a group's server and the server (no time where left out)."""
     round_deadline: PositiveFloat | None = None
     """Simulated seconds after which a round ends without who is late; needs a fleet."""
+    over_sampling: Annotated[float, Field(ge=1)] = 1.0
+    """Sample so many times the clients that fraction_train says, and end the round with the first of these; needs a fleet."""
+    late: Literal["drop", "next"] = "drop"
+    """Updates of who is late: left out, or taken into the next round at staleness_weight."""
+    staleness_weight: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """late next: what an update counts that is a round late."""
+    min_clients: PositiveInt = 1
+    """Answers without which a round is not aggregated: the model stays as it was."""
+    robust: Literal["clip", "krum", "trim"] | None = None
+    """Bound what a client may change by the round's median (clip), and leave out who is farthest from the others (krum) or
+    points against most (trim)."""
+    robust_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
+    """krum, trim: the share of the clients that may lie."""
+    robust_bound: PositiveFloat | None = None
+    """robust: the bound of the Frobenius norm of what a client changes (the median of the round where left out)."""
     num_clients: PositiveInt = 8
     """Clients of the run."""
     fraction_train: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -80,6 +104,12 @@ class RunConfig(Strict):
     communication_budget_mb: PositiveFloat | None = None
     """Bytes up and down, of all clients and rounds together, in 10^6: no round begins that would go beyond, if it takes what the
     largest one so far took (the first: what a dry run says)."""
+    secure_aggregation: SecureAggregationConfig | None = None
+    """Strategy flora: the server learns the sum of the updates and none of them: width, threshold, bits, unit, tolerance."""
+    privacy: PrivacyConfig | None = None
+    """Differential privacy: level (client, example), clip, noise_multiplier or epsilon, delta, rank."""
+    limits: LimitsConfig | None = None
+    """What a message may hold: sizes, ranks, examples."""
     lora_r: PositiveInt | list[PositiveInt] = 16
     """Rank: one for all, or a list with one a client."""
     lora_alpha: PositiveFloat | list[PositiveFloat] | Literal["r", "2r"] = "2r"
@@ -167,44 +197,8 @@ class RunConfig(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
-        rules = self.partition.model_dump(exclude={"label", "equal_sizes"}, exclude_defaults=True)
-        if len(rules) > 1:
-            raise ValueError(f"partition: expected one of by, iid, dirichlet_alpha, shards; got {', '.join(rules)}")
-        if self.partition.equal_sizes and self.partition.dirichlet_alpha is None:
-            raise ValueError("partition.equal_sizes: expected dirichlet_alpha with it; got none. Leave equal_sizes out")
-        if self.max_steps is not None and self.num_train_epochs is not None:
-            raise ValueError("expected max_steps or num_train_epochs; got both. Leave one out")
-        if self.merge_into == "adapter" and (self.merge_residual or self.merge_rounding != "nearest"):
-            raise ValueError("merge_into adapter rounds no weight: leave out merge_residual and merge_rounding")
-        if self.merge_into == "base" and (self.merge_rank is not None or self.merge_tol):
-            raise ValueError("merge_rank and merge_tol compress what merge_into: adapter keeps; add it, or leave them out")
-        if self.fleet and sum(kind.count for kind in self.fleet) != self.num_clients:
-            raise ValueError(f"fleet: expected as many devices as num_clients ({self.num_clients}); got "
-                             f"{sum(kind.count for kind in self.fleet)}")
-        if self.round_deadline is not None and not self.fleet:
-            raise ValueError("round_deadline is of simulated time: give a fleet, or leave it out")
-        if self.groups and self.groups.count > self.num_clients:
-            raise ValueError(f"groups: expected at most num_clients ({self.num_clients}) groups; got {self.groups.count}")
-        if self.groups and self.groups.choose and self.round_deadline is None and self.groups.bytes_mb is None:
-            raise ValueError("groups.choose: expected round_deadline or groups.bytes_mb to choose within; got neither")
-        if self.downlink_tol and self.downlink not in ("threshold", "auto"):
-            raise ValueError(f"downlink_tol is for downlink threshold or auto; got {self.downlink}. Leave one out")
-        if self.adalora_keep is not None and not self.adalora:
-            raise ValueError("adalora_keep is of adalora: add adalora: true, or leave it out")
-        if self.downlink in ("dense", "auto") and (self.merge_residual or self.merge_rounding != "nearest"):
-            raise ValueError(f"downlink {self.downlink} may send weights, rounded to nearest and without what that leaves: "
-                             "leave out merge_residual and merge_rounding, or take another downlink")
-        if self.downlink == "dense" and self.merge_into == "adapter":
-            raise ValueError("downlink dense sends the weights that merge_into: adapter leaves alone: leave one out")
-        if self.downlink == "threshold" and not self.downlink_tol:
-            raise ValueError("downlink threshold: expected downlink_tol, the relative error that it may make, such as 1e-3")
-        unknown = [] if self.evaluate == "auto" else [e for e in self.evaluate if not re.fullmatch(EVALUATIONS, e)]
-        if unknown:
-            raise ValueError(f"evaluate: expected labels, answers, lm_eval:FOLDER or mt_bench:FILE; got {', '.join(unknown)}")
-        for name in ("lora_r", "lora_alpha"):
-            value = getattr(self, name)
-            if isinstance(value, list) and len(value) not in (1, self.num_clients):
-                raise ValueError(f"{name}: expected one number, or one a client ({self.num_clients}); got {len(value)}")
+        for problem in conflicts(self):
+            raise ValueError(problem)
         return self
 
     def ranks(self) -> list[int]:

@@ -20,7 +20,47 @@ class TargetError(FloraError, ValueError):
 
 
 class MessageError(FloraError, ValueError):
-    """Bytes that are not a message, or a message that its receiver does not accept."""
+    """Bytes that are not a message, or a message that its receiver does not accept. Each reason is a class of its own."""
+
+
+class MessageFormatError(MessageError):
+    """Not a message of this format: the container, its header's spelling, its fields and their types, names that are no text."""
+
+
+class MessageSizeError(MessageError):
+    """More bytes, layers, metrics or memory than the limits allow."""
+
+
+class MessageDigestError(MessageError):
+    """The digest is not that of the content: something changed on the way."""
+
+
+class MessageVersionError(MessageError):
+    """Of another version of the base, or encoded with a broadcast that the receiver does not hold."""
+
+
+class MessageLayerError(MessageError):
+    """Layers that are not expected, come twice, or lack a tensor; tensors of layers that are not listed."""
+
+
+class MessageShapeError(MessageError):
+    """A tensor that is empty, or whose shape does not fit its layer or the other factor."""
+
+
+class MessageRankError(MessageError):
+    """Ranks above the limits, or those of a core that are not those sent."""
+
+
+class MessageDtypeError(MessageError):
+    """A dtype that is no factor's, or that the receiver does not accept."""
+
+
+class MessageValueError(MessageError):
+    """Numbers that are not finite, or that multiply to what is not."""
+
+
+class MessageCountError(MessageError):
+    """A number of examples that is not between 1 and the cap."""
 
 
 class ConfigError(FloraError, ValueError):

@@ -88,10 +88,14 @@ def staged(target: Path) -> Iterator[Path]:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file so that a reader finds the old content or the new, never half of it, whatever happens."""
+def write_text(path: Path, text: str, private: bool = False) -> None:
+    """Writes a file so that a reader finds the old content or the new, never half of it, whatever happens. private: for its owner
+    alone."""
     temporary = path.with_name(f".{path.name}.new")
     try:
+        if private:
+            temporary.unlink(missing_ok=True)
+            temporary.touch(0o600, exist_ok=False)
         temporary.write_text(text, encoding="utf-8")
         sync(temporary)
         os.replace(temporary, path)

@@ -172,9 +172,12 @@ class Fleet:
         first, later = slowest(True), slowest(False)
         return self.backhaul(group.bytes_down) + first + (group.inner_rounds - 1) * later + self.backhaul(group.bytes_up)
 
-    def round(self, number: int, groups: Mapping[str, GroupWork], deadline: float | None = None) -> Round:
-        """The clock of a round. Raises ConfigError for a client in two groups or without a device, and for a deadline that nobody
-        would meet without chance."""
+    def round(self, number: int, groups: Mapping[str, GroupWork], deadline: float | None = None,
+              enough: int | None = None) -> Round:
+        """The clock of a round. enough: an inner round ends when so many of a group's members are back, and the others are late.
+
+        Raises ConfigError for a client in two groups or without a device, and for a deadline that nobody would meet without chance.
+        """
         names = [client for group in groups.values() for client in group.members]
         if not names or len(set(names)) < len(names):
             raise ConfigError(f"fleet: expected clients, each in one group; got {', '.join(sorted(names)) or 'none'}")
@@ -183,7 +186,7 @@ class Fleet:
         if deadline is not None and not deadline >= least:
             raise ConfigError(f"deadline: expected at least {least:.3g} s, which the fastest client takes; got {deadline:g}. Raise "
                               "it, or lower steps, depth or inner_rounds.")
-        return _Clock(self, number, groups, deadline).run()
+        return _Clock(self, number, groups, deadline, enough).run()
 
 
 @dataclass
@@ -200,8 +203,8 @@ class _State:
 class _Clock:
     """The events of one round: (seconds, what, group, client, inner round)."""
 
-    def __init__(self, fleet: Fleet, number: int, groups: Mapping[str, GroupWork], deadline: float | None):
-        self.fleet, self.groups = fleet, groups
+    def __init__(self, fleet: Fleet, number: int, groups: Mapping[str, GroupWork], deadline: float | None, enough: int | None):
+        self.fleet, self.groups, self.enough = fleet, groups, math.inf if enough is None else enough
         self.events: list[tuple[float, int, str, str, int]] = []
         self.states, self.lost, self.done = {}, {}, {}
         self.phases: dict[str, list[tuple[float, float, float]]] = {}     # of the first inner round, of each later one
@@ -232,6 +235,8 @@ class _Clock:
                 continue                                        # everybody was back before this limit
             for one in sorted(state.working) if what == LATE else [client]:
                 self.stop(state, one, now, what)
+            for one in sorted(state.working) if len(state.alive) - len(state.working) >= self.enough else []:
+                self.stop(state, one, now, LATE)
             if not state.working:
                 self.close(name, now)
         end = max(self.done.values(), default=max(spent.finish for spent in self.spent.values()))

@@ -5,14 +5,14 @@ for here, where only that client pays: another name, version, layer, shape or ra
 not to train, a scale other than the one that was sent.
 """
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from flora.adapter import Adapters, truncate
 from flora.client import LocalClient
-from flora.errors import MessageError, StrategyError
+from flora.errors import StrategyError
 from flora.group import Group
 from flora.messages import Broadcast, Limits, Update, decode
 from flora.strategies import Strategy, check_update
@@ -23,14 +23,18 @@ from flora.strategies.robust import Robust
 class Trust:
     """What a server takes from its clients. min_clients: answers without which a round is not aggregated; robust: how those are
     judged together (None: not at all); staleness: what an update counts for each round that it is late, in (0, 1] (None: it is
-    refused); limits: of messages that come as bytes."""
+    refused); limits: of messages that come as bytes. combine(updates, sent): the next broadcast, in the place of the strategy's own
+    sum (None), such as one under masks or noise; with min_clients=0 of no update too. sample(names, round): who takes part (None: a
+    fixed share)."""
     min_clients: int = 1
     robust: Robust | None = None
     staleness: float | None = None
     limits: Limits | None = None
+    combine: Callable[[Sequence[Update], Broadcast], Broadcast] | None = None
+    sample: Callable[[Sequence[str], int], Sequence[str]] | None = None
 
     def __post_init__(self) -> None:
-        if self.min_clients < 1:
+        if self.min_clients < (1 if self.combine is None else 0):
             raise StrategyError(f"expected min_clients of at least 1; got {self.min_clients}")
         if self.staleness is not None and not 0.0 < self.staleness <= 1.0:
             raise StrategyError(f"expected a staleness in (0, 1], the weight of an update that is a round late; got "
@@ -77,10 +81,7 @@ class Inbox:
         self.updates[who] = update
 
     def _read(self, message: bytes, due: Broadcast) -> Update:
-        update = decode(message, expected=self.shapes or None, limits=self.trust.limits, given=due)
-        if not isinstance(update, Update):
-            raise MessageError("expected an update; got a broadcast, which only a server sends. The message is refused.")
-        return update
+        return decode(message, self.shapes or None, self.trust.limits, due, kind="update")
 
     def _check_ranks(self, update: Update, due: Broadcast) -> None:
         """Of a client: its own rank, or less where clients may differ. A group answers with a stack of any."""

@@ -13,6 +13,8 @@ from flora.losses import CausalLM
 from flora.member import Member
 from flora.packed import Packed
 from flora.packing import device_of, line, traits_of
+from flora.per_example import Examples
+from flora.seeds import derive
 from flora.steps import Loader, Pass, Place
 from flora.whole import Whole
 
@@ -30,18 +32,20 @@ class Loop:
         self.model, self.packed, self.members, self.config, self.budget, self.clock = model, packed, members, config, budget, clock
         self.device, self.loss = device_of(model), config.loss or CausalLM()
         self.packs = self.loss.packs and traits_of(model).packs
+        self.examples = Examples(members, config) if config.example_clip else None
         for k, member in enumerate(members):
             member.prepare(packed.parameters[k], config)
 
     def run(self, on_step: OnStep | None, count: Callable[[int], None], seed: int) -> None:
         """All steps, the batches of the next one being made meanwhile. count: told the tokens of each step; seed: of the dropout
         that the model has of its own."""
-        with Loader(self.loss, self.packs, self.config.pad_token_id, self.device) as loader:
+        self._seed, self._steps = seed, 0
+        with Loader(self.loss, self.packs, self.config.pad_token_id, self.device, self.examples is not None) as loader:
             due, first = self._begin(loader), True
             while due:
                 with self.clock("data"):
                     places, parts = loader.take()
-                if first:
+                if first and places:
                     self._measure(places, loader)
                     torch.manual_seed(seed)
                 going, held, first = [k for k in due if not self.members[k].failed], loader.budget, False
@@ -49,7 +53,7 @@ class Loop:
                 if len(going) < len({p.client for p in places}) or held != self.budget.tokens:
                     places = [p for p in places if p.client in going]
                     parts = loader.make(places, self.budget.tokens)
-                if places:
+                if places or (going and self.examples):        # which rows have labels must not show in the number of steps
                     self._step(going, places, parts, loader, on_step, count)
 
     def _begin(self, loader: Loader) -> list[int]:
@@ -71,14 +75,16 @@ class Loop:
         terms = {k: sum(self.loss.terms(p.row) for p in places if p.client == k) for k in going}
         while True:
             try:
-                losses = self._gradients(parts, terms, loader)
+                losses = (self._example_gradients(going, parts, loader) if self.examples
+                          else self._gradients(parts, terms, loader))
                 break
             except RuntimeError as error:
                 self.budget.halve(max(p.tokens for p in places), error)
                 parts = loader.make(places, self.budget.tokens)
+        self._steps += 1
         with self.clock("optimizer"):
             for k in going:
-                self.packed.take_gradients(k)
+                self._take(k)
                 self.members[k].pull(self.config.proximal_mu)
             norms = torch.stack([self.members[k].norm().double() for k in going])
             found = torch.stack([losses[list(going)], norms]).tolist()                   # the one wait of a step
@@ -100,16 +106,45 @@ class Loop:
         losses = torch.zeros(self.packed.count, dtype=torch.float64, device=self.device)
         self.packed.zero_grad()
         for part in parts:
-            whose = torch.tensor([p.client for p in part.places], device=self.device)
-            share = torch.tensor([1.0 / terms[p.client] for p in part.places], device=self.device)
-            with contextlib.ExitStack() as held:
-                with self.clock("forward"):
-                    each = self._forward(part, loader, held)
-                    total = (each * share).sum()
-                with self.clock("backward"):
-                    total.backward()
-            losses.index_add_(0, whose, each.detach().double() * share)
+            losses += self._pass(part, [1.0 / terms[p.client] for p in part.places], loader)
         return losses
+
+    def _example_gradients(self, going: Sequence[int], parts: Sequence[Pass], loader: Loader) -> Tensor:
+        """Every client's clipped examples' gradients, summed up until `_take` asks for them; the mean loss of an example.
+
+        No pass has two rows of one client, so the gradient that a client has after it is one example's.
+        """
+        losses = torch.zeros(self.packed.count, dtype=torch.float64, device=self.device)
+        counts = [sum(p.client == k for part in parts for p in part.places) for k in range(self.packed.count)]
+        self.examples.begin(going)
+        for part in parts:
+            torch.manual_seed(derive(self._seed, self._steps, part.places[0].sequence))     # of the model's own dropout
+            self.packed.zero_grad()
+            losses += self._pass(part, [1.0 / self.loss.terms(p.row) for p in part.places], loader).nan_to_num(0.0, 0.0, 0.0)
+            for p in part.places:
+                self.packed.take_gradients(p.client)
+                self.examples.add(p.client)
+        return losses / torch.tensor(counts, device=self.device).clamp(min=1)
+
+    def _take(self, k: int) -> None:
+        """Gives member k's parameters the gradient of its step."""
+        if self.examples:
+            self.examples.finish(k)
+        else:
+            self.packed.take_gradients(k)
+
+    def _pass(self, part: Pass, share: Sequence[float], loader: Loader) -> Tensor:
+        """Adds the gradients of Σ share_i ℓ_i over a pass's rows, ℓ_i the sum of a row's terms; that sum by client, in fp64."""
+        losses = torch.zeros(self.packed.count, dtype=torch.float64, device=self.device)
+        whose = torch.tensor([p.client for p in part.places], device=self.device)
+        weights = torch.tensor(share, device=self.device)
+        with contextlib.ExitStack() as held:
+            with self.clock("forward"):
+                each = self._forward(part, loader, held)
+                total = (each * weights).sum()
+            with self.clock("backward"):
+                total.backward()
+        return losses.index_add_(0, whose, each.detach().double() * weights)
 
     def _forward(self, part: Pass, loader: Loader, held: contextlib.ExitStack | None = None) -> Tensor:
         """The sum of each row's terms, (rows,). held: where what the backward pass needs is kept until it is done."""

@@ -22,7 +22,8 @@ class Member:
     """A client's part in a round. begin: makes the adapters that it starts from, when its turn has come; numbers: in them; asleep:
     ranks that it sees and does not train; steps: batches of rows of each optimiser step, without end; key: of its dropout;
     depth: the first layer that it trains, counted in the model's order; tokens_a_step: about; layers: those that it trains; kept:
-    the optimiser's state of the round before, by name (None: it starts anew)."""
+    the optimiser's state of the round before, by name (None: it starts anew); place: what sets its
+    noise apart from any other."""
     client: LocalClient
     begin: Callable[[], dict[str, Adapter]]
     numbers: int
@@ -35,6 +36,7 @@ class Member:
     tokens_a_step: int = 0
     layers: Sequence[str] = ()
     kept: Mapping[str, Tensor] | None = None
+    place: str = ""
     losses: list[float] = field(default_factory=list)
     drawn: int = 0
     tokens: int = 0

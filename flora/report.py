@@ -109,8 +109,9 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
     server = Table(title="global model, held-out completions", title_justify="left", box=SIMPLE)
     extra = sorted({name for row in rows if row["kind"] == "server" for name in row if name in SCORES})
     timed = ["simulated s"] if any("simulated_total" in row for row in rows) else []
+    private = ["ε"] if any("epsilon" in row for row in rows) else []
     for name in ("rounds", "loss", "perplexity", "accuracy", *(SCORES[e] for e in extra), "MB up", "MB down", "tok/s", "seconds",
-                 *timed):
+                 *timed, *private):
         server.add_column(name, justify="right")
     for row in (row for row in rows if row["kind"] == "server"):
         if "eval_loss" in row:
@@ -120,7 +121,8 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
             quality = ["–"] * (3 + len(extra))
         server.add_row(str(row["rounds_done"]), *quality, _megabytes(row["bytes_up"]), _megabytes(row["bytes_down"]),
                        f"{rate:.0f}" if (rate := row.get("tokens_per_second")) else "–",
-                       f"{sum(row['seconds'].values()):.1f}", *(f"{row.get('simulated_total', 0.0):.1f}" for _ in timed))
+                       f"{sum(row['seconds'].values()):.1f}", *(f"{row.get('simulated_total', 0.0):.1f}" for _ in timed),
+                       *(f"{row.get('epsilon', 0.0):.2f}" for _ in private))
     clients = Table(title="clients, loss on their own held-out completions before and after", title_justify="left", box=SIMPLE)
     clients.add_column("client", max_width=10, no_wrap=True)
     for name in ("rank", "rows", "before", "after", "MB up", "MB down", "s"):

@@ -62,6 +62,9 @@ class Server:
 
     def sample(self, number: int) -> list[LocalClient | Group]:
         """The clients of a round (from 0), by fraction and seed; always the same for the same round. In the run's order."""
+        if self.trust.sample is not None:
+            names = set(self.trust.sample([client.name for client in self.clients], number))
+            return [client for client in self.clients if client.name in names]
         count = max(1, round(self.fraction * len(self.clients)))
         chosen = random.Random(derive(self.seed, "sample", number)).sample(range(len(self.clients)), count)
         return [self.clients[i] for i in sorted(chosen)]
@@ -121,7 +124,7 @@ class Server:
                 self.discard()
                 return self.broadcast
             sifted = self._sift()
-            following = aggregate(sifted.updates, self.strategy.name, **self._facts(), **self.options)
+            following = self._combined(sifted.updates)
             following, error = lighter(replace(following, run=self.broadcast.run), self.downlink, weights)
         except FloraError:
             self._inbox.updates = before
@@ -138,9 +141,9 @@ class Server:
         trust = self.trust
         if trust.robust is not None:
             trust.robust.refuse(self.strategy)
-        if self.stream is not None and (trust.robust is not None or trust.staleness is not None):
-            raise StrategyError("expected neither robust nor staleness with a stream, which forgets what it has summed; got one of "
-                                "them. Leave the stream out.")
+        if self.stream is not None and any(one is not None for one in (trust.robust, trust.staleness, trust.combine)):
+            raise StrategyError("expected no robust, staleness or combine with a stream, which forgets what it has summed; got "
+                                "one. Leave the stream out.")
         weighs = "weights" in self.strategy.options and isinstance(self.weighting, str)
         if trust.staleness is not None and not (weighs and self.broadcast.train == "AB" and not self.strategy.home):
             raise StrategyError("staleness: expected a strategy that weighs clients and trains both factors in every round; got "
@@ -154,6 +157,11 @@ class Server:
         ordered = sorted(have, key=lambda update: place[update.client])
         robust = self.trust.robust
         return Sifted(ordered, {}, {}) if robust is None else sift(ordered, robust, self.broadcast.start)
+
+    def _combined(self, updates: Sequence[Update]) -> Broadcast:
+        if self.trust.combine is not None:
+            return self.trust.combine(updates, self.broadcast)
+        return aggregate(updates, self.strategy.name, **self._facts(), **self.options)
 
     def _facts(self) -> dict[str, object]:
         """The options of the strategy that the run itself decides, but for those that were given."""

@@ -1,7 +1,7 @@
 """What a checkpoint holds: all that a round depends on and that the config, the data and the seeds do not give again.
 
     broadcast.safetensors  state.json        what is due, and the small numbers beside it
-    home-*, optimizer-*.safetensors          what clients keep from round to round
+    home-*, optimizer-*, late-*.safetensors  what clients keep from round to round, and updates that the next round takes
     base/  residuals.  beside.safetensors    the base, where merges have changed it, what they left, what is kept beside it
     merge-VERSION.safetensors                what the server remembers for clients that missed rounds; hard links to the files of
                                              the checkpoints that wrote them first
@@ -24,7 +24,8 @@ from flora.adapter import Adapters
 from flora.data.fetch import no_progress_bars
 from flora.errors import MessageError, RunError
 from flora.group import leaves
-from flora.messages import Broadcast, Limits, Update, decode, encode
+from flora.limits import UNLIMITED
+from flora.messages import Broadcast, Update, decode, encode
 from flora.nn import accumulated, residuals
 from flora.server import Server
 from flora.versions import merge_errors
@@ -32,17 +33,16 @@ from flora.versions import merge_errors
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-OWN = Limits(max_bytes=1 << 62, max_header_bytes=1 << 40, max_rank=1 << 40)     # what this program wrote itself, it reads
-
-
 @dataclass(frozen=True)
 class Carried:
     """What goes from round to round beside the server and the model: bytes that every client got for the round that is due, what
-    stayed at home, by client, the optimizers' moments, where those are kept, and the budget of tokens (Budget.state)."""
+    stayed at home, by client, the optimizers' moments, where those are kept, the budget of tokens (Budget.state), and updates that
+    the next round takes, by client."""
     received: Mapping[str, int] = field(default_factory=dict)
     home: Mapping[str, Adapters] = field(default_factory=dict)
     optimizers: Mapping[str, Mapping[str, Tensor]] | None = None
     budget: Mapping[str, Any] | None = None
+    late: Mapping[str, Update] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Resumed:
     at home, by client, by layer what the base's merges left (residuals) or what is kept beside it, the clients' ranks now,
     the bytes that each of them got for this round, and their optimizers' moments where those are kept. budget: of tokens, as
     Budget.state; downlink_error, merge_errors: what the last downlink and the last sum beside the base left out; layers, merges:
-    what the server remembers for clients that missed rounds."""
+    what the server remembers for clients that missed rounds; late: updates that this round takes."""
     number: int
     broadcast: Broadcast
     base: Path | None
@@ -60,6 +60,7 @@ class Resumed:
     beside: Adapters
     optimizers: dict[str, dict[str, Tensor]] | None
     merges: dict[int, Adapters]
+    late: dict[str, Update]
     ranks: dict[str, int]
     received: dict[str, int]
     budget: dict[str, Any] | None
@@ -93,6 +94,8 @@ def write_snapshot(folder: Path, model: "PreTrainedModel", server: Server, carri
             safetensors.torch.save_file(dict(moments), folder / f"optimizer-{i:06}.safetensors")
     for i, (client, adapters) in enumerate(carried.home.items()):
         (folder / f"home-{i:06}.safetensors").write_bytes(encode(Update(adapters, 1, client=client)))
+    for i, update in enumerate(carried.late.values()):
+        (folder / f"late-{i:06}.safetensors").write_bytes(encode(update))
     if model.__dict__.get("_flora_merged", False):
         save_pretrained(model, folder / "base")
     if residuals(model):
@@ -131,7 +134,7 @@ def read_snapshot(folder: Path) -> Resumed:
 
 def _read(folder: Path) -> Resumed:
     def decoded(name: str) -> list[Update | Broadcast]:
-        return [decode(file.read_bytes(), limits=OWN) for file in sorted(folder.glob(name))]
+        return [decode(file.read_bytes(), limits=UNLIMITED) for file in sorted(folder.glob(name))]
 
     [broadcast], beside = decoded("broadcast.safetensors"), decoded("beside.safetensors")
     base, rest = folder / "base", folder / "residuals.safetensors"
@@ -139,6 +142,7 @@ def _read(folder: Path) -> Resumed:
                    {update.client: update.adapters for update in decoded("home-*.safetensors")},
                    safetensors.torch.load_file(rest) if rest.exists() else {}, beside[0].merge if beside else {},
                    _moments(folder), {made.version: made.merge for made in decoded("merge-*.safetensors")},
+                   {update.client: update for update in decoded("late-*.safetensors")},
                    **json.loads((folder / "state.json").read_text()))
 
 

@@ -69,11 +69,12 @@ def _full(part: Sequence[Place], place: Place, budget: int, share: float | None)
 class Loader:
     """Makes the passes of steps; the next step's in a thread, while this one computes.
 
-    loss: says what a row puts into a batch; packed, pad_id: how; device: where to. budget: of the step begun last.
+    loss: says what a row puts into a batch; packed, pad_id: how; device: where to; apart: no pass has two rows of one client.
+    budget: of the step begun last.
     """
 
-    def __init__(self, loss: Loss, packed: bool, pad_id: int, device: torch.device):
-        self.loss, self.packed, self.pad_id, self.device = loss, packed, pad_id, device
+    def __init__(self, loss: Loss, packed: bool, pad_id: int, device: torch.device, apart: bool = False):
+        self.loss, self.packed, self.pad_id, self.device, self.apart = loss, packed, pad_id, device, apart
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="flora-batches")
         self._next: Future | None = None
         self.budget = 0
@@ -98,8 +99,10 @@ class Loader:
 
     def make(self, places: Sequence[Place], budget: int) -> list[Pass]:
         """The passes of a step, in pinned memory where the model is on a GPU."""
-        out = []
-        for part in passes(places, budget, self.packed):
+        out, waves = [], [places]
+        if self.apart:
+            waves = [[p for p in places if p.sequence == i] for i in sorted({p.sequence for p in places})]
+        for part in (part for wave in waves for part in passes(wave, budget, self.packed)):
             batch = batch_of([p.row for p in part], self.packed, self.pad_id, self.loss.sequences)
             out.append(Pass(part, batch.map(torch.Tensor.pin_memory) if self.device.type == "cuda" else batch))
         return out

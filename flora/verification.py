@@ -64,8 +64,14 @@ def _round(folder: Path, number: int, trained: Mapping[int, Sequence[Mapping[str
         return row | {"reason": str(reason)}
 
 
-def _not_comparable(rule: Strategy) -> str:
-    """Why the rule's aggregate is no sum of what was saved; empty where it is."""
+def _not_comparable(rule: Strategy, config: RunConfig) -> str:
+    """Why the aggregate of this run is no sum of what was saved; empty where it is."""
+    if config.privacy is not None and config.privacy.level == "client":
+        return "the aggregate holds noise (privacy), and clients' parts were clipped"
+    if config.robust is not None:
+        return f"robust {config.robust} bounds or leaves out what clients sent"
+    if config.late == "next":
+        return "updates that were late count less in a later round"
     if rule.home:
         what = "every adapter stays" if rule.home == "AB" else f"{rule.home} stays"
         return f"{rule.name}: {what} with its client, so the server holds no ΔW to compare"
@@ -77,7 +83,7 @@ def _not_comparable(rule: Strategy) -> str:
 def _compared(folder: Path, number: int, trained: Mapping[int, Sequence[Mapping[str, Any]]], config: RunConfig) -> dict[str, Any]:
     """The numbers of a round. Raises _Cannot."""
     rule = strategy_named(config.strategy)
-    if reason := _not_comparable(rule):
+    if reason := _not_comparable(rule, config):
         raise _Cannot(reason)
     here = _kept(folder, number, config)
     if not (here / "aggregate").is_dir() and (here / "dense.json").exists():

@@ -8,18 +8,20 @@ import pytest
 from tiny import ROOT
 
 LAYERS = [
-    ["seeds", "files", "errors", "allocator", "parallel", "sections"], ["config", "keystream"], ["checks"], ["segments", "memory"],
+    ["seeds", "files", "errors", "allocator", "parallel", "limits", "consistency"], ["sections"],
+    ["config", "keystream", "accountant"], ["checks"], ["segments", "memory"],
     ["kernels.reference", "kernels.native", "kernels.triton"], ["kernels"], ["library"], ["merges"], ["ops"],
     ["adapter"], ["frames"],
     ["layer"], ["shared"], ["targets"],
-    ["nn"], ["adaptive"], ["forms"], ["packed", "whole"], ["wire"], ["messages"], ["downlink"], ["versions"], ["formats"],
-    ["strategies"], ["data"], ["packing"], ["losses"], ["evaluate"], ["scoring"], ["mmlu", "mt_bench"],
+    ["nn"], ["adaptive"], ["forms"], ["packed", "whole"], ["wire", "exchange"], ["reading"], ["messages"],
+    ["downlink"], ["versions"], ["formats"], ["ring", "masking", "sketch"], ["unmasking"], ["secure"],
+    ["strategies"], ["proven"], ["privacy"], ["data"], ["packing"], ["losses"], ["evaluate"], ["scoring"], ["mmlu", "mt_bench"],
     ["grouping"], ["fleet"], ["capacity", "chooser"],
-    ["client", "clock", "budget"], ["steps"], ["member"], ["loop"], ["cohort"], ["group"], ["stream"], ["inbox"], ["server"],
-    ["snapshot"], ["checkpoint"], ["report"], ["spread"], ["timing"], ["tables", "plots"],
-    ["engines.scores"], ["engines.prepare"], ["engines.hierarchy"], ["engines.traffic"],
+    ["client", "clock", "budget"], ["steps"], ["member"], ["per_example"], ["loop"], ["cohort"], ["group"], ["stream"], ["inbox"],
+    ["server"], ["snapshot"], ["checkpoint"], ["report"], ["spread"], ["timing"], ["tables", "plots"],
+    ["engines.scores"], ["engines.guards"], ["engines.prepare"], ["engines.hierarchy"], ["engines.traffic"],
     ["engines.measure", "engines.plan"], ["engines.local", "engines.flower", "engines.nvflare"], ["engines"],
-    ["integrations"], ["doctor", "tuning", "shards", "comparison", "verification", "skew"], ["cli"]]
+    ["integrations"], ["doctor", "tuning", "shards", "comparison", "verification", "skew", "exporting"], ["cli"]]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PACKAGES = ("strategies", "data", "integrations", "kernels.triton")     # their own files may import each other
 LIGHT = {"torch", "numpy", "safetensors", "flora"}

@@ -1,17 +1,17 @@
 """The wire: what goes in comes out bit for bit, and whatever else comes raises MessageError and nothing else."""
-import hashlib
 import json
 import struct
 
 import pytest
 import safetensors.torch
 import torch
+from forge import join, split
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import adapter, same
 
 from flora.adapter import Adapter
-from flora.errors import MessageError
+from flora.errors import MessageError, MessageSizeError, MessageValueError
 from flora.messages import Broadcast, Limits, Update, decode, encode
 
 QUICK = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -23,25 +23,6 @@ def small_update():
 
 
 SMALL = encode(small_update())
-
-
-def split(raw):
-    """(header as a dict, flora's fields as a dict, tensor bytes)."""
-    size = struct.unpack("<Q", raw[:8])[0]
-    header = json.loads(raw[8:8 + size])
-    return header, json.loads(header["__metadata__"]["flora"]), raw[8 + size:]
-
-
-def join(header, fields, body, sign=True):
-    """A message of these parts, by the format's description alone; sign: with the digest that a liar would compute."""
-    table = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    if sign:
-        fields = {k: v for k, v in fields.items() if k != "digest"}
-        digest = hashlib.sha256(json.dumps([fields, table], sort_keys=True).encode() + body).hexdigest()
-        fields = {**fields, "digest": digest}
-    text = json.dumps({"__metadata__": {"flora": json.dumps(fields, sort_keys=True)}, **table}).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + body
 
 
 def refused(raw, match=None, **options):
@@ -115,8 +96,11 @@ def test_dense_weights_that_lie_are_refused():
     for changes in ({"since": -1}, {"since": "2"}, {"since": True}, {"base": ["a"]}, {"base": ["a", "b", "c"]},
                     {"base": ["a", "a", "b"]}, {"base": 3}, {"base": [["a"]]}):
         refused(join(header, {**fields, **changes}, body))
-    for bad in (torch.ones(2), torch.full((2, 3), float("inf"))):
-        refused(encode(Broadcast(base={"a": bad})), "a: a weight")
+    refused(encode(Broadcast(base={"a": torch.ones(2)})), "a: a weight")
+    for bad in (Broadcast(base={"a": torch.full((2, 3), float("inf"))}), Update({"a": adapter(1, (2, 3)) * float("inf")}, 1),
+                Update({}, 1, base={"a": torch.full((2, 3), float("nan"))})):
+        with pytest.raises(MessageValueError, match="finite numbers in .*/a"):
+            encode(bad)
     with pytest.raises(MessageError, match=r"base/a of a dtype out of .*got torch\.int64"):
         encode(Broadcast(base={"a": torch.ones(2, 3).long()}))
     for expected in ({"b": (2, 3)}, {"a": (3, 2)}):
@@ -204,7 +188,7 @@ def test_fields_that_lie_are_refused():
     refused(signed(metrics={"loss": float("nan")}), "metric loss")
     refused(signed(metrics={"loss": True}), "metric loss")
     refused(signed(metrics=[1]))
-    refused(signed(parts={}), "layers listed")
+    refused(signed(parts={}), "adapters, which an update has")
     refused(signed(parts={"adapters": ["a.0.q", "a.0.q"]}))
     refused(signed(parts={"adapters": ["a.0.k"]}))
     refused(signed(parts={"adapters": ["a.0.q"], "more": []}), "no parts but adapters")
@@ -241,9 +225,9 @@ def with_tensors(**tensors):
 
 
 @pytest.mark.parametrize(("A", "B", "scale", "says"), [
-    ((2, 4), (3, 2), (2,), None), ((0, 4), (3, 0), (0,), "rank >= 1"), ((2, 4), (3, 1), (2,), "one rank"),
-    ((2, 4), (3, 2), (1,), "one number a rank"), ((2, 4), (3, 2), (), "scale fp32"), ((2, 4), (3, 2), (2, 1), "scale fp32"),
-    ((8,), (3, 2), (2,), "one rank"), ((2, 4, 1), (3, 2), (2,), "one rank")])
+    ((2, 4), (3, 2), (2,), None), ((0, 4), (3, 0), (0,), "not empty"), ((2, 4), (3, 1), (2,), "one rank"),
+    ((2, 4), (3, 2), (1,), "one number a rank"), ((2, 4), (3, 2), (), "scale: a vector"), ((2, 4), (3, 2), (2, 1), r"\(rank,\)"),
+    ((8,), (3, 2), (2,), "one rank"), ((2, 4, 1), (3, 2), (2,), "a vector or a matrix")])
 def test_shapes_that_do_not_fit_are_refused(A, B, scale, says):
     raw = with_tensors(A=torch.ones(A), B=torch.ones(B), scale=torch.ones(scale))
     if says is None:
@@ -263,7 +247,7 @@ def test_numbers_that_are_not_finite_are_refused(which, value):
 def test_dtypes_that_are_no_factors_are_refused():
     good = {"A": torch.ones(2, 4), "B": torch.ones(3, 2), "scale": torch.ones(2)}
     for name, dtype in (("A", torch.int64), ("B", torch.bool), ("A", torch.complex64)):
-        refused(with_tensors(**{**good, name: good[name].to(dtype)}), "floating-point|cannot be read")
+        refused(with_tensors(**{**good, name: good[name].to(dtype)}), "a dtype out of")
     for dtype in (torch.float16, torch.float64):
         refused(with_tensors(**{**good, "scale": torch.ones(2, dtype=dtype)}), "scale fp32")
     refused(with_tensors(**good, extra=torch.ones(1)), "only tensors of the layers listed")
@@ -282,7 +266,9 @@ def test_expected_layers_and_limits_are_kept():
 
 @pytest.mark.parametrize("junk", [None, 7, "text", [1, 2], {}, object()], ids=str)
 def test_what_is_not_bytes_is_refused(junk):
-    refused(junk, "bytes")
+    refused(junk, "expected bytes; got")
+    with pytest.raises(MessageSizeError):
+        decode(b"\0" * 7)
 
 
 def test_other_byte_containers_are_read():

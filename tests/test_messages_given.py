@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_messages import join, split
+from forge import join, split
 from tiny import adapter, same
 
 from flora.adapter import Adapter, fresh_adapters

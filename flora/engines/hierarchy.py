@@ -60,18 +60,18 @@ class Hierarchy:
         return [Group(name, [self.clients[c] for c in self.members[name]], inner, depth, own.rank, own.inner)
                 for name, (inner, depth) in chosen.items()]
 
-    def clock(self, number: int, parties: Sequence[Party], received: Mapping[str, int],
-              train: str) -> tuple[list[Party], Round | None]:
+    def clock(self, number: int, parties: Sequence[Party], received: Mapping[str, int], train: str,
+              enough: int | None = None) -> tuple[list[Party], Round | None]:
         """The round as the fleet's clock has it, and the parties without whom it loses; None without a fleet.
 
-        received: bytes down by party; train: what trains (Broadcast.train)."""
+        received: bytes down by party; train: what trains (Broadcast.train); enough: answers that end the round."""
         if self.fleet is None:
             return list(parties), None
         work = {p.name: self._group(p, received.get(p.name, 0)) for p in parties if isinstance(p, Group)}
         flat = [p for p in parties if isinstance(p, LocalClient)]
         if flat:
             work["everybody"] = GroupWork({c.name: self._work(c.name, None, received.get(c.name, 0), train) for c in flat})
-        found = self.fleet.round(number, work, self.config.round_deadline)
+        found = self.fleet.round(number, work, self.config.round_deadline, enough)
         left = []
         for party in parties:
             if isinstance(party, Group):

@@ -20,6 +20,7 @@ from flora.cohort import Cohort
 from flora.config import RunConfig, load, parse
 from flora.data.batches import steps_per_epoch
 from flora.downlink import Downlink
+from flora.engines import guards
 from flora.engines.hierarchy import Hierarchy, clock_row, hierarchy_of
 from flora.engines.measure import NOTHING, after, before, client_row, over_group, server_row, unmeasured_row, views_at_home
 from flora.engines.plan import bytes_of_a_round
@@ -35,7 +36,9 @@ from flora.snapshot import Carried, Resumed
 from flora.strategies import leave_home
 from flora.versions import bring_to, resume_at, write_into
 
-LOST = {"vanished": "its device has vanished in this round", "late": "its device is late in this round"}
+LOST = {"vanished": "its device has vanished in this round", "late": "its device is late in this round",
+        "next": "its device is late in this round; its update counts less in the next one"}
+NO_ROUND = "the round"
 
 
 def run(config: RunConfig | Mapping[str, Any] | str | Path, resume: bool = False) -> Path:
@@ -74,13 +77,15 @@ def _run(config: RunConfig, folder: RunFolder, job: Job, resumed: Resumed | None
         resume_at(job.model, resumed.broadcast.run, resumed.broadcast.version, resumed.base is not None, resumed.merge_errors)
     with Report(folder.path, config.num_rounds, resumed.number if resumed else 0, config.quiet) as report:
         report.say(f"{len(job.clients)} clients, strategy {config.strategy}, {config.num_rounds} rounds")
+        key = folder.secret(resumed is not None) if config.privacy else guards.NO_KEY
+        job = replace(job, train_config=guards.example_private(config, job.train_config, job.clients, key))
         tree = new_hierarchy(config, job, resumed)
         tree.observe(report.rows)
         for name, reason in tree.left_out.items():
             report.say(f"{name} is left out of the run: {reason}")
-        server = new_server(config, job, resumed, tree)
+        server = new_server(config, job, resumed, tree, key)
         budget = Budget(job.model, config.max_tokens_per_batch, resumed.budget if resumed else None)
-        state = State(budget, dict(resumed.home), resumed.optimizers) if resumed else State(budget)
+        state = State(budget, dict(resumed.home), resumed.optimizers, dict(resumed.late)) if resumed else State(budget)
         if config.optimizer_state == "keep":
             state.optimizers = state.optimizers or {}
         traffic = Traffic(resumed.received, server.broadcast) if resumed else Traffic()
@@ -111,11 +116,12 @@ def _result(server: Server, saved: Path | None) -> str:
 
 @dataclass
 class State:
-    """What is carried from round to round: the budget of tokens, what stays at the clients' homes, and AdamW's moments, where they
-    are kept."""
+    """What is carried from round to round: the budget of tokens, what stays at the clients' homes, AdamW's moments, where they are
+    kept; late: updates that the next round takes."""
     budget: Budget
     home: dict[str, Adapters] = field(default_factory=dict)
     optimizers: dict[str, dict[str, Tensor]] | None = None
+    late: dict[str, Update] = field(default_factory=dict)
 
 
 def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: RunFolder, state: State,
@@ -129,7 +135,12 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
         measured = (number + 1) % config.eval_every == 0 or number + 1 == config.num_rounds
         sent, own = server.broadcast, views_at_home(server, state.home)
         server.clients = tree.parties(traffic.received) if tree.members else server.clients
-        due, clock = tree.clock(number, server.sample(number), traffic.received, sent.train)
+        sampled = [party for party in server.sample(number) if party.name not in state.late] or server.sample(number)
+        due, clock = tree.clock(number, sampled, traffic.received, sent.train, enough(config)) if sampled else ([], None)
+        lost = dict(clock.lost) if clock else {}
+        if config.late == "next":
+            due = [party for party in sampled if lost.get(party.name) != "vanished"]
+            lost = {name: "next" if how == "late" else how for name, how in lost.items()}
         parties = [party if isinstance(party, Group) else replace(party, start=own.get(party.name)) for party in due]
         clients = leaves(parties)
         bring_to(job.model, sent, job.merge_config)
@@ -144,19 +155,23 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
 
         began = time.perf_counter()
         leaving = [_leaving(u, server.strategy.home) for u in updates]
-        server.close(leaving, dense_weights(job, server))
+        arrived = state.late | {u.client: u for u in leaving if lost.get(u.client) != "next"}
+        state.late = {u.client: u for u in leaving if lost.get(u.client) == "next"}
+        left_out = {name: LOST[how] for name, how in lost.items()} | cohort.failures | server.take(arrived)
+        left_out |= {NO_ROUND: reason} if (reason := server.short()) and arrived else {}
+        server.close((), dense_weights(job, server))
+        left_out |= {} if reason else server.sifted.left_out
         seconds = cohort.seconds | {"aggregate": time.perf_counter() - began}
         seconds["evaluate"] = sum(one["seconds"] for one in (*found.values(), *trained.values()))
 
-        up = traffic.up(server, leaving, sent)
+        up = guards.sent_up(server.trust, traffic.up(server, leaving, sent))
         for client, update in ((p, u) for p in parties for u in updates if u.client == p.name):
             both = [over_group(some, client, job) if isinstance(client, Group) else some.get(client.name, NOTHING)
                     for some in (found, trained)]
             row = client_row(number, client, update, *both)
             tree.observe([row])
             report.add(row | {"bytes_up": up.get(client.name, 0), "bytes_down": traffic.received.get(client.name, 0)})
-        lost = {name: LOST[how] for name, how in (clock.lost if clock else {}).items()}
-        for name, reason in {**lost, **cohort.failures}.items():
+        for name, reason in left_out.items():
             report.add({"kind": "failure", "round": number, "client": name, "reason": reason})
             report.say(f"round {number}: {name} is left out: {reason}")
         server.shrink(updates)
@@ -168,15 +183,21 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
         row = (server_row(number + 1, job, server, state.home, seconds) if measured
                else unmeasured_row(number + 1, job, server, seconds))
         row |= {"bytes_up": sum(up.values()), "bytes_down": down, "tokens_per_second": cohort.rate}
+        row |= guards.row(config, job.train_config, job.clients, server.trust, number + 1)
         report.add(row | clock_row(clock, max((r.get("simulated_total", 0.0) for r in report.rows), default=0.0)))
         if config.checkpoint_every and (number + 1) % config.checkpoint_every == 0:
-            carried = Carried(traffic.received, state.home, state.optimizers, state.budget.state())
+            carried = Carried(traffic.received, state.home, state.optimizers, state.budget.state(), state.late)
             folder.save_checkpoint(job.model, number + 1, server, carried)
         folder.mark("running", number + 1)
         if measured:
             report.say(f"round {number}: held-out loss {row['eval_loss']:.4f}, accuracy {row['eval_accuracy']:.1%}")
         report.round_done()
     return config.num_rounds
+
+
+def enough(config: RunConfig) -> int | None:
+    """Answers that end a round of which more were sampled; None where none were."""
+    return max(1, round(config.fraction_train * config.num_clients)) if config.over_sampling > 1 else None
 
 
 def over_budget(config: RunConfig, report: Report, server: Server, tree: Hierarchy) -> bool:
@@ -215,7 +236,7 @@ def new_hierarchy(config: RunConfig, job: Job, resumed: Resumed | None) -> Hiera
     return tree
 
 
-def new_server(config: RunConfig, job: Job, resumed: Resumed | None, tree: Hierarchy) -> Server:
+def new_server(config: RunConfig, job: Job, resumed: Resumed | None, tree: Hierarchy, key: bytes = guards.NO_KEY) -> Server:
     """The server of this run, which has tried its strategy on these clients' ranks and alphas: what it would refuse after the first
     round of training it refuses now. Under a name of the run's own, so merges are counted per run."""
     shapes = target_shapes(job.model, config.target_modules)
@@ -225,8 +246,9 @@ def new_server(config: RunConfig, job: Job, resumed: Resumed | None, tree: Hiera
         broadcast = resumed.broadcast
     else:
         broadcast = replace(first_broadcast(config.strategy, shapes, clients, config.seed, options), run=secrets.token_hex(8))
-    server = Server(config.strategy, clients, broadcast, config.fraction_train, config.weighting, config.seed, options=options,
-                    downlink=Downlink(config.downlink, config.downlink_tol), shapes=shapes)
+    server = Server(config.strategy, clients, broadcast, min(1.0, config.fraction_train * config.over_sampling), config.weighting,
+                    config.seed, options=options, downlink=Downlink(config.downlink, config.downlink_tol), shapes=shapes,
+                    trust=guards.guarded(config, shapes, leaves(clients), key))
     server.rehearse()
     if resumed:
         resumed.remind(server)

@@ -22,11 +22,13 @@ from flora.data.batches import steps_per_epoch
 from flora.data.known import ARCHITECTURES, ROWS
 from flora.data.models import resolve_model, shortened
 from flora.downlink import Downlink
+from flora.engines import guards
 from flora.engines.prepare import POOLED, dealt, device_and_dtype, rehearse
 from flora.engines.traffic import Traffic
 from flora.errors import DataError
 from flora.frames import frame
 from flora.group import Group
+from flora.inbox import Trust
 from flora.member import starting_adapters
 from flora.messages import Broadcast, Update
 from flora.nn import target_shapes
@@ -135,7 +137,8 @@ def _bytes(config: RunConfig, shapes: Shapes, parties: Sequence[LocalClient],
     options = config.strategy_options()
     server = Server(config.strategy, parties, first_broadcast(config.strategy, shapes, parties, config.seed, options),
                     config.fraction_train, config.weighting, config.seed, options=options,
-                    downlink=Downlink(config.downlink, config.downlink_tol), shapes=shapes)
+                    downlink=Downlink(config.downlink, config.downlink_tol), shapes=shapes,
+                    trust=None if config.secure_aggregation else _without_chance(guards.guarded(config, shapes, parties)))
     server.rehearse()
     traffic, draw = Traffic(), torch.Generator().manual_seed(config.seed)
     dtype = device_and_dtype(config)[1]
@@ -147,9 +150,18 @@ def _bytes(config: RunConfig, shapes: Shapes, parties: Sequence[LocalClient],
         trained = [_trained(client, sent, shapes, config, draw) for client in server.sample(number)]
         updates = [replace(u, adapters=leave_home(u.adapters, server.strategy.home)) for u in trained]
         server.close(updates, base)
-        up.append(sum(traffic.up(server, updates, sent).values()))
+        up.append(guards.masked_bytes(config, shapes, server.sample(number)) if config.secure_aggregation
+                  else sum(traffic.up(server, updates, sent).values()))
         down.append(sum(traffic.down(server, server.sample(number + 1)).values()))
     return up, down, first
+
+
+def _without_chance(trust: Trust) -> Trust:
+    """The same for a round of as many clients as are expected, whose updates are noise already."""
+    combine = trust.combine
+    if combine is not None:
+        combine = replace(combine, settings=replace(combine.settings, noise_multiplier=0.0))
+    return replace(trust, combine=combine, sample=None, robust=None, min_clients=1)
 
 
 def _trained(client: LocalClient, sent: Broadcast, shapes: Shapes, config: RunConfig, draw: torch.Generator) -> Update:

@@ -14,6 +14,7 @@ from flora.client import LocalClient, TrainConfig
 from flora.config import RunConfig
 from flora.data import Partition, Splits, epoch_order, load_model, load_rows, load_tokenizer, partition, split, tokenize_rows
 from flora.downlink import Downlink
+from flora.engines import guards
 from flora.engines.scores import Scores, scores_of
 from flora.errors import ConfigError, DataError
 from flora.group import Group
@@ -79,6 +80,7 @@ def check(config: RunConfig) -> None:
     if config.adapter_dtype != "float32" and rule.begin({}, [1], 0).train == "core":
         raise ConfigError(f"adapter_dtype: expected float32 with {config.strategy}, whose core is what travels; got "
                           f"{config.adapter_dtype}. Leave it out.")
+    guards.check(config)
     if config.adalora and (not rule.mixed_ranks or rule.dense or rule.prunes):
         refuse("adalora", lambda other: other.mixed_ranks and not other.dense and not other.prunes)
 
@@ -96,7 +98,7 @@ def rehearse(config: RunConfig) -> None:
     options = config.strategy_options()
     first = first_broadcast(config.strategy, {"rehearsal": (4, 4)}, clients, config.seed, options)
     Server(config.strategy, clients, first, 1.0, config.weighting, config.seed, options=options,
-           downlink=Downlink(config.downlink, config.downlink_tol)).rehearse()
+           downlink=Downlink(config.downlink, config.downlink_tol), trust=guards.trust_of(config)).rehearse()
 
 
 def device_and_dtype(config: RunConfig) -> tuple[torch.device, torch.dtype]:

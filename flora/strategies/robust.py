@@ -7,7 +7,7 @@ Everything is judged by the change that a client makes, ΔW_k less the start tha
 so K clients give a (K, K) Gram matrix out of products of rank size, nothing dense is formed, and norms, distances and angles are
 read off it. Mixed ranks need no care. An inner product ignores which factors wrote it: a client cannot hide by rotating them.
 
-None of these stops a client that stays within what honest ones send; with skewed data an honest client may look like an attacker.
+None of these stops a client that stays within what honest ones send; with skewed data an honest client may look like a liar.
 """
 import math
 from collections.abc import Mapping, Sequence
@@ -23,15 +23,13 @@ from flora.messages import Update
 from flora.parallel import each
 from flora.strategies.base import Strategy, one_of
 
-LITTLE = 0.25                                                   # of the median client's agreement
-
 
 @dataclass(frozen=True)
 class Robust:
     """How a server guards a round.
 
     how: "clip" scales every change down to the bound; "krum" and "trim" do so too, and leave out f = ⌊share · K⌋ clients, those
-    that Krum's rule finds farthest from their K - f - 2 nearest, or at most f, those that hardly agree with the direction of most.
+    that Krum's rule finds farthest from their K - f - 2 nearest, or at most f, those that point against the direction of most.
     Both judge directions alone: with fresh starts of mixed ranks, lengths differ among honest clients, and distances say no more.
     share: of the clients that may lie, under a half; bound: of ‖change‖_F (None: the median of the round).
     """
@@ -125,12 +123,12 @@ def _krum(cosines: Tensor, spare: int) -> dict[int, str]:
 
 
 def _trim(cosines: Tensor, spare: int) -> dict[int, str]:
-    """Whom to leave out: of those that agree least with the direction of most, the leading eigenvector of the cosines."""
+    """Whom to leave out: who points against the direction of most, the leading eigenvector of the cosines; the worst first."""
     common = torch.linalg.eigh(cosines).eigenvectors[:, -1]
     common = common * (1.0 if float(common.sum()) >= 0 else -1.0)
     agree = common / (float(common.median()) or 1.0)
-    return {k: f"its change does not point where the others' do ({float(agree[k]):.2f} of the median client's agreement)"
-            for k in agree.argsort(stable=True)[:spare].tolist() if float(agree[k]) < LITTLE}
+    return {k: f"its change points against the others' ({float(agree[k]):.2f} times the median client's agreement with them)"
+            for k in agree.argsort(stable=True)[:spare].tolist() if float(agree[k]) < 0}
 
 
 def shortened(update: Update, bound: float, norm: float, sent: Adapters | None) -> Update:
