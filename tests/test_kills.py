@@ -40,7 +40,7 @@ def test_a_run_killed_and_killed_again_while_it_resumes_ends_at_the_same_bits(ru
     assert runs.run(config, after=said["seconds"] * draw.uniform(0.1, 0.6))["error"] == ""
     if finished(config["output_dir"]):                          # the machine was quicker than before
         shutil.rmtree(config["output_dir"])
-    runs.go_on(config, at=int(len(said["seen"]) * draw.uniform(0.6, 0.75)), how="power")
+    assert runs.go_on(config, at=int(len(said["seen"]) * draw.uniform(0.6, 0.75)), how="power")["error"] == ""
     to_the_end(runs, config, whole)
 
 

@@ -34,13 +34,15 @@ def test_fifty_random_kills_are_fifty_identical_resumes(runs, whole):
         case = draw.choice(sorted(CASES))
         said, left = whole[case]
         config = runs.settings(f"killed-{struck}", **CASES[case])
-        if not runs.run(config, after=said["seconds"] * draw.random())["killed"] or finished(config["output_dir"]):
+        done = runs.run(config, after=said["seconds"] * draw.random())
+        assert not done["error"], done["error"]
+        if not done["killed"] or finished(config["output_dir"]):
             shutil.rmtree(config["output_dir"])
             continue
         struck += 1
         for _ in range(2 if struck % 5 == 0 else 0):
             if not finished(config["output_dir"]):
-                runs.go_on(config, after=said["seconds"] * draw.random())
+                assert runs.go_on(config, after=said["seconds"] * draw.random())["error"] == ""
         to_the_end(runs, config, left)
         shutil.rmtree(config["output_dir"])
     print(f"{struck} kills, {struck} identical resumes")
