@@ -1,7 +1,7 @@
 # Every target sets up what it needs: a virtual environment in .venv with the tested versions of constraints.txt.
 #   make demo     fine-tune SmolLM2-135M over eight clients of ranks 64 to 4 (downloads about 100 MB once)
 #   make test     all tests        make check   lint        make bench   benchmarks of this machine
-#   make test-engines   flora on Flower, in .venv-engines (500 MB with Ray)
+#   make test-engines   flora on Flower, in .venv-engines (500 MB with Ray); ENGINE_TESTS='-m "not slow"': without its processes
 #   make gpu      tests and benchmarks of a GPU (PY=python3 takes an environment that exists)
 #   make aot      compile the Triton kernels for sm_80 and sm_90 without a GPU    make docs   the documentation, in site/
 # PYTHON=python3.12 chooses an interpreter; TORCH_INDEX=URL a package index for torch (the CPU builds of pytorch.org are smaller).
@@ -45,7 +45,7 @@ $(ENGINES)/.installed: $(STAMP)
 	@touch $@
 
 test-engines: $(ENGINES)/.installed
-	PYTHONPATH=. $(ENGINES)/bin/python -m pytest tests/engines
+	PYTHONPATH=. $(ENGINES)/bin/python -m pytest tests/engines $(ENGINE_TESTS)
 
 demo: install
 	$(VENV)/bin/flora run flora/demo.yaml --overwrite
