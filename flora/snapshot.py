@@ -72,6 +72,7 @@ class Resumed:
         """Gives a server that was made of this broadcast what else it knew when the checkpoint was written."""
         server.downlink_error = self.downlink_error
         server._layers, server._merges = set(self.layers), dict(self.merges)
+        server.changed = max([server.changed, *self.merges])
 
 
 def save_pretrained(model: "PreTrainedModel", folder: Path) -> None:
