@@ -20,5 +20,5 @@ def test_a_plain_loop_learns_in_forty_lines():
 
 
 def test_one_line_makes_the_average_exact():
-    averaged, exact = (float(error) for error in re.findall(r"off by (\S+) of", output("one_line.py")))
+    averaged, exact = (float(error) for error in re.findall(r"off by (\S+) of", output("openfedllm_style.py")))
     assert averaged > 0.1 and exact < 1e-6
