@@ -17,9 +17,9 @@ LAYERS = [
     ["downlink"], ["versions"], ["formats"], ["ring", "masking", "sketch"], ["unmasking"], ["secure"],
     ["strategies"], ["proven"], ["privacy"], ["data"], ["packing"], ["losses"], ["evaluate"], ["scoring"], ["mmlu", "mt_bench"],
     ["grouping"], ["fleet"], ["capacity", "chooser"],
-    ["client", "clock", "budget"], ["steps"], ["member"], ["per_example"], ["loop"], ["cohort"], ["group"], ["stream"], ["inbox"],
-    ["server"], ["snapshot"], ["checkpoint"], ["report"], ["spread"], ["timing"], ["tables", "plots"],
-    ["engines.scores"], ["engines.guards"], ["engines.prepare"], ["engines.hierarchy"], ["engines.traffic"],
+    ["client", "clock", "budget"], ["steps"], ["member"], ["per_example"], ["loop"], ["cohort"], ["group"], ["distributed"],
+    ["stream"], ["inbox"], ["server"], ["snapshot"], ["checkpoint"], ["report"], ["spread"], ["timing"], ["tables", "plots"],
+    ["engines.scores"], ["engines.guards"], ["engines.prepare"], ["engines.processes"], ["engines.hierarchy"], ["engines.traffic"],
     ["engines.measure", "engines.plan"], ["engines.local", "engines.flower", "engines.nvflare"], ["engines"],
     ["integrations"], ["doctor", "tuning", "shards", "comparison", "verification", "skew"], ["cli"]]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
