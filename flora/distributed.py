@@ -32,6 +32,7 @@ from flora.limits import UNLIMITED
 from flora.loop import OnStep
 from flora.losses import CausalLM
 from flora.messages import decode, encode
+from flora.sharded import holds_shards
 from flora.steps import tokens_a_step
 
 if TYPE_CHECKING:
@@ -146,10 +147,13 @@ class Team:
     def fit(self, cohort: "Cohort", broadcast: Broadcast, views: Sequence[Adapters | None], on_step: OnStep | None) -> list[Update]:
         """Cohort.fit, its clients shared out: every process calls it with the same arguments and gets all updates, in the clients'
         order. views: the frozen ranks of each."""
+        if holds_shards(cohort.model):
+            raise ConfigError("expected a base that every process holds whole, to train clients of its own; got a sharded one, "
+                              "which all pass through together. Leave cohort.team None: every process then trains all clients.")
         began, everybody = time.perf_counter(), cohort.clients
-        own = shares([cost(client, cohort.train_config) for client in everybody], self.count)[self.number]
 
         def work() -> tuple[list[Update], bytes]:
+            own = shares([cost(client, cohort.train_config) for client in everybody], self.count)[self.number]
             cohort.clients = [everybody[i] for i in own]
             try:
                 updates = cohort.fit_here(broadcast, [views[i] for i in own], on_step)

@@ -16,6 +16,7 @@ from flora import ops
 from flora.adapter import Adapter, fresh
 from flora.errors import TargetError
 from flora.seeds import derive
+from flora.sharded import is_sharded, own_part, own_span, whole
 
 if TYPE_CHECKING:
     from flora.shared import SharedInput
@@ -185,15 +186,17 @@ class LoRALinear(nn.Module):
 
     @property
     def adapter(self) -> Adapter:
-        """A, B and scale as they are now: detached copies."""
-        return Adapter(self.A.detach().clone(), self.B.detach().clone(), self.scale.clone())
+        """A, B and scale as they are now: detached copies. Of sharded ones the whole: every process asks at once."""
+        return Adapter(whole(self.A.detach()).clone(), whole(self.B.detach()).clone(), self.scale.clone())
 
     def load(self, adapter: Adapter) -> None:
         """Takes an adapter of any rank; parameters are written in place where the rank is the same, replaced where it is not."""
         with torch.no_grad():
             for name, value in (("A", adapter.A), ("B", adapter.B)):
                 old = getattr(self, name)
-                if old.shape == value.shape:
+                if is_sharded(old) and old.shape == value.shape:
+                    own_part(old).copy_(value[own_span(self.name, old)])
+                elif old.shape == value.shape:
                     old.copy_(value)
                 else:
                     new = value.detach().to(old.device, old.dtype, copy=True)

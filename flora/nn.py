@@ -12,6 +12,7 @@ from flora.errors import AdapterError, TargetError
 from flora.layer import Accumulated, LoRALinear, Routing, is_opaque, matrix, overrides, refuse_parametrized
 from flora.memory import check_memory_writable
 from flora.seeds import derive
+from flora.sharded import is_sharded, own_adapters, own_part, put_away
 from flora.shared import SharedInput
 from flora.targets import bases_of, check_shape, linear_modules, lora_layers, refuse_tied, replace, target_shapes
 
@@ -128,6 +129,9 @@ def merge(model: nn.Module, adapters: Adapters | Sequence[Adapters], *, rounding
     for party in parties:
         bases |= bases_of(model, party)
     parts = {name: [party[name] for party in parties if name in party] for name in bases}
+    if put_away(model):
+        parts = own_adapters(lambda name: matrix(bases[name]), parts, rounding)
+        bases = {name: bases[name] for name in parts}
     groups = list(_groups(model, bases, residual))
     calls = []
     for names, own, _ in groups:
@@ -165,11 +169,11 @@ def _groups(model: nn.Module, bases: Mapping[str, nn.Module],
     found: dict[tuple[torch.device, bool], list[str]] = {}
     for name, base in bases.items():
         _refuse_opaque(name, base)
-        weight = matrix(base)
+        weight = own_part(matrix(base))
         found.setdefault((weight.device, residual and weight.itemsize == 2), []).append(name)
     held = residuals(model)
     for (_, kept), names in found.items():
-        own = [matrix(bases[name]).detach() for name in names]
+        own = [own_part(matrix(bases[name])) for name in names]
         yield names, own, [_residual(held.get(name), w) for name, w in zip(names, own, strict=True)] if kept else None
 
 
@@ -188,7 +192,7 @@ def refuse_read_past(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def _refuse_opaque(name: str, base: nn.Module) -> None:
-    if is_opaque(base):
+    if is_opaque(base) and not is_sharded(base.weight):
         raise TargetError(f"{name}: expected a weight in floating point to write to; got a {type(base).__name__}, whose own is not."
                           " Keep the update beside it (flora.nn.accumulate; in a config, merge_into: adapter), or load the model "
                           "in floating point.")
@@ -252,11 +256,15 @@ def accumulated(model: nn.Module) -> dict[str, Adapter]:
 
 def weights(model: nn.Module, layers: Sequence[str]) -> dict[str, torch.Tensor]:
     """The base weights (out, in) of these layers: views, for a dense broadcast. Raises TargetError as merge does."""
+    put_away(model)
     linears, out = linear_modules(model), {}
     for name in layers:
         if name not in linears:
             raise TargetError(f"expected a linear module named {name!r} in the model; got none.")
         _refuse_opaque(name, linears[name])
+        if is_sharded(linears[name].weight):
+            raise TargetError(f"{name}: expected a weight that this process holds whole; got a sharded one, which adapters can be "
+                              "merged into and nothing else. Read or write it before the model is sharded.")
         out[name] = matrix(linears[name]).detach()
     return out
 

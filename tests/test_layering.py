@@ -11,7 +11,7 @@ LAYERS = [
     ["seeds", "files", "errors", "allocator", "parallel", "limits", "consistency"], ["sections"],
     ["config", "keystream", "accountant"], ["checks"], ["segments", "memory"],
     ["kernels.reference", "kernels.native", "kernels.triton"], ["kernels"], ["library"], ["merges"], ["ops"],
-    ["adapter"], ["frames"],
+    ["adapter"], ["frames", "sharded"],
     ["layer"], ["shared"], ["targets"],
     ["nn"], ["adaptive"], ["forms"], ["packed", "whole"], ["wire", "exchange"], ["reading"], ["messages"],
     ["downlink"], ["versions"], ["formats"], ["ring", "masking", "sketch"], ["unmasking"], ["secure"],

@@ -140,8 +140,7 @@ def _fit(team: Team, hand: _Hand, said: Mapping[str, Any], parts: Sequence[bytes
     except Exception as error:
         team.fail(error)
     else:
-        cohort.team = team
-        cohort.fit(broadcast, views)
+        team.fit(cohort, broadcast, views, None)
 
 
 def _told(hand: _Hand, said: Mapping[str, Any], parts: Sequence[bytes]) -> tuple[Cohort, Broadcast, list[Adapters | None]]:
