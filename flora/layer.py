@@ -76,6 +76,17 @@ def computes_itself(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__) or overrides(module)
 
 
+def device_for(module: nn.Module) -> torch.device:
+    """Where an adapter beside a module, or what a model reads, has to lie: with the first weight, or, where accelerate has
+    offloaded that, where it is computed with."""
+    device = next(itertools.chain(module.parameters(), module.buffers())).device
+    if device.type != "meta":
+        return device
+    hooks = (getattr(m, "_hf_hook", None) for m in module.modules())
+    there = next((where for hook in hooks if (where := getattr(hook, "execution_device", None)) is not None), device)
+    return torch.device(there)
+
+
 def own_product(module: nn.Module, x: Tensor) -> Tensor:
     """What a module gives for x, to be added to in place: a copy where a forward or a hook may keep it, or give x itself."""
     y = module(x)
@@ -164,9 +175,9 @@ class LoRALinear(nn.Module):
         self.shared: SharedInput | None = None
         held = next(itertools.chain(base.parameters(), base.buffers()))
         dtype = dtype or (torch.float64 if held.dtype == torch.float64 else torch.float32)
-        start = adapter or fresh(shape_of(base), rank, alpha, int(torch.randint(1 << 62, ())))
-        self.A, self.B = (nn.Parameter(f.detach().to(held.device, dtype, copy=adapter is not None)) for f in (start.A, start.B))
-        self.register_buffer("scale", start.scale.detach().to(held.device, copy=adapter is not None))
+        start, device = adapter or fresh(shape_of(base), rank, alpha, int(torch.randint(1 << 62, ()))), device_for(base)
+        self.A, self.B = (nn.Parameter(f.detach().to(device, dtype, copy=adapter is not None)) for f in (start.A, start.B))
+        self.register_buffer("scale", start.scale.detach().to(device, copy=adapter is not None))
 
     @property
     def weight(self) -> Tensor:

@@ -1,6 +1,5 @@
 """The verbs on a model: attach, adapters, load_adapters, merge, accumulate, detach."""
 import contextlib
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -9,7 +8,7 @@ from torch import nn
 from flora import ops
 from flora.adapter import Adapter, Adapters, compress, norm, stack
 from flora.errors import AdapterError, TargetError
-from flora.layer import Accumulated, LoRALinear, Routing, is_opaque, matrix, overrides, refuse_parametrized
+from flora.layer import Accumulated, LoRALinear, Routing, device_for, is_opaque, matrix, overrides, refuse_parametrized
 from flora.memory import check_memory_writable
 from flora.seeds import derive
 from flora.sharded import is_sharded, own_adapters, own_part, put_away
@@ -197,6 +196,9 @@ def _refuse_opaque(name: str, base: nn.Module) -> None:
                           " Keep the update beside it (flora.nn.accumulate; in a config, merge_into: adapter), or load the model "
                           "in floating point.")
     refuse_parametrized(base, name)
+    if base.weight.device != device_for(base):
+        raise TargetError(f"{name}: expected a weight that lies in memory; accelerate has offloaded this one, and what is written "
+                          "to it would be lost. Keep the update beside it (flora.nn.accumulate), or merge before it is dispatched.")
     if overrides(base):
         raise TargetError(f"{name}: expected a module that gives x Wᵀ + bias; got a {type(base).__name__} with a forward of its "
                           "own: an update merged into its weight need not do what the adapter did. Keep the update beside it "
@@ -244,8 +246,7 @@ def accumulate(model: nn.Module, adapters: Adapters, rank: int | None = None, to
         errors[name] = norm(stack([whole, kept[name] * -1])) / size if size else 0.0
     for name, base in bases.items():
         inner = base.base if isinstance(base, Accumulated) else base
-        device = next(itertools.chain(inner.parameters(), inner.buffers())).device
-        replace(model, base, Accumulated(inner, kept[name].to(device)))
+        replace(model, base, Accumulated(inner, kept[name].to(device_for(inner))))
     return errors
 
 

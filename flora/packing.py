@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from flora.layer import computes_itself, is_linear
+from flora.layer import computes_itself, device_for, is_linear
 from flora.sharded import holds_shards
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ _traits: WeakKeyDictionary[nn.Module, Traits] = WeakKeyDictionary()
 
 
 def device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    return device_for(model)
 
 
 def is_plain(head: nn.Module) -> bool:
