@@ -12,7 +12,7 @@ from flora.client import LocalClient, TrainConfig
 from flora.cohort import Cohort
 from flora.distributed import Team, first
 from flora.engines import local, processes
-from flora.errors import ConfigError, FloraError, RunError
+from flora.errors import ConfigError, RunError
 from flora.loop import Loop
 from flora.messages import Broadcast, encode
 from flora.report import Report
@@ -86,7 +86,7 @@ def main(folder):
             else:
                 own_loop(folder)
             found[name] = "done"
-        except FloraError as error:
+        except Exception as error:
             found[name] = f"{type(error).__name__}: {error}"
         finally:
             take_out()
