@@ -10,7 +10,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from flora.errors import ConfigError
 from flora.packing import device_of
+from flora.sharded import holds_shards
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +51,10 @@ class Budget:
     """
 
     def __init__(self, model: nn.Module, tokens: int | Literal["auto"], known: Mapping[str, Any] | None = None):
-        self.model, self.device = model, device_of(model)
+        self.model, self.device, self._lockstep = model, device_of(model), holds_shards(model)
+        if tokens == "auto" and self._lockstep:
+            raise ConfigError('max_tokens_per_batch: expected a number for a sharded base, which all processes pass through in '
+                              'lockstep; got "auto", which each would measure for itself. Set it, to 1024 say.')
         self._open = tokens == "auto"
         self.tokens = FASTEST.get(self.device.type, 4096) if tokens == "auto" else tokens
         self._room = math.inf
@@ -81,8 +86,8 @@ class Budget:
 
     def halve(self, longest: int, error: Exception) -> None:
         """After an error of memory: passes of half as many tokens, of one row (longest: tokens) at least. Raises the error where
-        that is what they hold already, or where it is another error."""
-        if not re.search(NO_MEMORY, str(error)) or self.tokens <= longest:
+        that is what they hold already, where it is another error, or where other processes wait for the pass."""
+        if not re.search(NO_MEMORY, str(error)) or self.tokens <= longest or self._lockstep:
             raise error
         self.tokens = max(longest, self.tokens // 2)
         log.warning("out of memory: passes hold at most %d tokens from now on, and the step is taken again", self.tokens)

@@ -1,9 +1,10 @@
 """The verbs, `flora run`, `resume`, `compare` and so on (USAGE); an error says what to do."""
 import dataclasses
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated
 
-from flora.errors import FloraError
+from flora.errors import ConfigError, FloraError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -93,6 +94,9 @@ def _compare(arguments: list[str]) -> None:
         rates = [float(rate) for rate in own.lr_grid.split(",")] if own.lr_grid else []
     except ValueError as error:
         raise _Usage(f"expected numbers, with commas between them: --seeds 0,1,2 --lr-grid 1e-4,1e-3; {error}") from None
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError("compare: expected one process; torchrun has started several, and each would run all. Compare without "
+                          "torchrun, or call flora run under it for each strategy.")
     compare(config, split_entries(own.strategies), seeds, rates)
 
 

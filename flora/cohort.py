@@ -17,7 +17,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ from flora.data.batches import steps_per_epoch, training_steps
 from flora.errors import ConfigError, DataError, TrainingError
 from flora.frames import frame
 from flora.loop import Loop, OnStep
-from flora.losses import CausalLM, Loss, Row
+from flora.losses import CausalLM
 from flora.member import Member, starting_adapters
 from flora.messages import Broadcast, Update
 from flora.nn import applied, target_shapes
@@ -38,8 +38,12 @@ from flora.packed import MOST_CLIENTS, MOST_RANKS, Packed, joined
 from flora.packing import device_of, packable, traits_of
 from flora.per_example import digest
 from flora.seeds import derive
+from flora.steps import tokens_a_step
 from flora.versions import MergeConfig, bring_to
 from flora.whole import Whole, own_weights
+
+if TYPE_CHECKING:
+    from flora.distributed import Team
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +61,7 @@ class Cohort:
     merge_config: how a broadcast's merge reaches the base. Clients need names of their own. optimizer_states: AdamW's state by
     client and "<layer>/<what trains>/<step|exp_avg|exp_avg_sq>", on the CPU: fit goes on from it and writes it, for clients that
     gave an update; a tensor of another shape starts anew (None: every round does).
+    team: the processes that share the clients out among them (distributed.py; None: this one trains all).
     After fit, failures says which clients gave no update, and why; seconds, what each phase took; rate, tokens a second of all
     clients together (tokens_per_second: while it runs). Raises ConfigError, TargetError.
     """
@@ -75,6 +80,7 @@ class Cohort:
         self._budget = max_tokens_per_batch if shared else Budget(model, max_tokens_per_batch)
         self._loss = train_config.loss or CausalLM()
         self.shapes = target_shapes(model, targets)
+        self.team: Team | None = None
         self.failures: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
         self.rate, self._tokens, self._began = 0.0, 0, 0.0
@@ -94,16 +100,20 @@ class Cohort:
         after another) are put back. Raises RunError for a base of another version, ConfigError for what does not go together.
         """
         self._refuse(broadcast, frozen)
+        views = [frozen] * len(self.clients) if frozen is None or isinstance(frozen, Mapping) else list(frozen)
+        if len(views) != len(self.clients):
+            raise ConfigError(f"frozen: expected one entry a client ({len(self.clients)}); got {len(views)}")
+        return self.team.fit(self, broadcast, views, on_step) if self.team else self.fit_here(broadcast, views, on_step)
+
+    def fit_here(self, broadcast: Broadcast, views: Sequence[Adapters | None], on_step: OnStep | None = None) -> list[Update]:
+        """As fit, in this process alone. views: the frozen ranks of each client."""
         clock = Clock(device_of(self.model))
         with clock("merge"):
             bring_to(self.model, broadcast, self.merge_config)
-        per_client = [frozen] * len(self.clients) if frozen is None or isinstance(frozen, Mapping) else list(frozen)
-        if len(per_client) != len(self.clients):
-            raise ConfigError(f"frozen: expected one entry a client ({len(self.clients)}); got {len(per_client)}")
         self.failures, self._tokens, self._began, trained = {}, 0, time.perf_counter(), {}
         members = []
         with clock("setup"):
-            for client, ranks in zip(self.clients, per_client, strict=True):
+            for client, ranks in zip(self.clients, views, strict=True):
                 try:
                     members.append(self._member(client, broadcast, ranks))
                 except DataError as error:
@@ -186,7 +196,7 @@ class Cohort:
             training_steps(client.rows, size, accumulation, config.shuffle, config.seed, (client.name, version), units),
             client.max_steps or config.max_steps or math.ceil(config.num_train_epochs * epoch),
             client.learning_rate or config.learning_rate, derive(config.seed, client.name, version, "dropout"),
-            list(self.shapes).index(next(iter(own))), _tokens_a_step(client.rows, size * accumulation, self._loss), list(own),
+            list(self.shapes).index(next(iter(own))), tokens_a_step(client.rows, size * accumulation, self._loss), list(own),
             kept, f"{broadcast.run}/{client.name}/{version}/{digest(held, kept)}" if config.example_clip else "")
 
     def _fit_group(self, members: Sequence[Member], broadcast: Broadcast, on_step: OnStep | None,
@@ -235,12 +245,6 @@ class Cohort:
 
     def _count(self, tokens: int) -> None:
         self._tokens += tokens
-
-
-def _tokens_a_step(rows: Sequence[Row], count: int, loss: Loss) -> int:
-    """About how many tokens a step of so many rows has, by the first rows."""
-    some = [sum(len(part["input_ids"]) for part in loss.sequences(rows[i])) for i in range(min(64, len(rows)))]
-    return round(sum(some) / len(some) * min(count, len(rows)))
 
 
 def groups(members: Sequence[Member], budget: int, memory: float) -> Iterator[list[Member]]:

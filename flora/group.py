@@ -197,6 +197,7 @@ class GroupCohort(Cohort):
         views = [view for _, view in asked]
         self._now = Cohort(self.model, [client for client, _ in asked], replace(self.train_config, seed=self._seed), self.targets,
                            self.max_tokens_per_batch, self.merge_config, self.optimizer_states)
+        self._now.team = self.team
         updates = self._now.fit(replace(broadcast, start=None), views if any(views) else None, on_step)
         self._add(self._now.seconds)
         for name, reason in self._now.failures.items():

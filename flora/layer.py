@@ -16,6 +16,7 @@ from flora import ops
 from flora.adapter import Adapter, fresh
 from flora.errors import TargetError
 from flora.seeds import derive
+from flora.sharded import is_sharded, own_part, own_span, whole
 
 if TYPE_CHECKING:
     from flora.shared import SharedInput
@@ -73,6 +74,17 @@ def computes_itself(module: nn.Module) -> bool:
     instance) or a forward of its own. An adapter attached to it adds to what it gives, as to a quantised one; hooks that come after
     the adapter are not seen."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__) or overrides(module)
+
+
+def device_for(module: nn.Module) -> torch.device:
+    """Where an adapter beside a module, or what a model reads, has to lie: with the first weight, or, where accelerate has
+    offloaded that, where it is computed with."""
+    device = next(itertools.chain(module.parameters(), module.buffers())).device
+    if device.type != "meta":
+        return device
+    hooks = (getattr(m, "_hf_hook", None) for m in module.modules())
+    there = next((where for hook in hooks if (where := getattr(hook, "execution_device", None)) is not None), device)
+    return torch.device(there)
 
 
 def own_product(module: nn.Module, x: Tensor) -> Tensor:
@@ -163,9 +175,9 @@ class LoRALinear(nn.Module):
         self.shared: SharedInput | None = None
         held = next(itertools.chain(base.parameters(), base.buffers()))
         dtype = dtype or (torch.float64 if held.dtype == torch.float64 else torch.float32)
-        start = adapter or fresh(shape_of(base), rank, alpha, int(torch.randint(1 << 62, ())))
-        self.A, self.B = (nn.Parameter(f.detach().to(held.device, dtype, copy=adapter is not None)) for f in (start.A, start.B))
-        self.register_buffer("scale", start.scale.detach().to(held.device, copy=adapter is not None))
+        start, device = adapter or fresh(shape_of(base), rank, alpha, int(torch.randint(1 << 62, ()))), device_for(base)
+        self.A, self.B = (nn.Parameter(f.detach().to(device, dtype, copy=adapter is not None)) for f in (start.A, start.B))
+        self.register_buffer("scale", start.scale.detach().to(device, copy=adapter is not None))
 
     @property
     def weight(self) -> Tensor:
@@ -185,15 +197,17 @@ class LoRALinear(nn.Module):
 
     @property
     def adapter(self) -> Adapter:
-        """A, B and scale as they are now: detached copies."""
-        return Adapter(self.A.detach().clone(), self.B.detach().clone(), self.scale.clone())
+        """A, B and scale as they are now: detached copies. Of sharded ones the whole: every process asks at once."""
+        return Adapter(whole(self.A.detach()).clone(), whole(self.B.detach()).clone(), self.scale.clone())
 
     def load(self, adapter: Adapter) -> None:
         """Takes an adapter of any rank; parameters are written in place where the rank is the same, replaced where it is not."""
         with torch.no_grad():
             for name, value in (("A", adapter.A), ("B", adapter.B)):
                 old = getattr(self, name)
-                if old.shape == value.shape:
+                if is_sharded(old) and old.shape == value.shape:
+                    own_part(old).copy_(value[own_span(self.name, old)])
+                elif old.shape == value.shape:
                     old.copy_(value)
                 else:
                     new = value.detach().to(old.device, old.dtype, copy=True)

@@ -1,6 +1,5 @@
 """The verbs on a model: attach, adapters, load_adapters, merge, accumulate, detach."""
 import contextlib
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -9,9 +8,10 @@ from torch import nn
 from flora import ops
 from flora.adapter import Adapter, Adapters, compress, norm, stack
 from flora.errors import AdapterError, TargetError
-from flora.layer import Accumulated, LoRALinear, Routing, is_opaque, matrix, overrides, refuse_parametrized
+from flora.layer import Accumulated, LoRALinear, Routing, device_for, is_opaque, matrix, overrides, refuse_parametrized
 from flora.memory import check_memory_writable
 from flora.seeds import derive
+from flora.sharded import is_sharded, own_adapters, own_part, put_away
 from flora.shared import SharedInput
 from flora.targets import bases_of, check_shape, linear_modules, lora_layers, refuse_tied, replace, target_shapes
 
@@ -128,6 +128,9 @@ def merge(model: nn.Module, adapters: Adapters | Sequence[Adapters], *, rounding
     for party in parties:
         bases |= bases_of(model, party)
     parts = {name: [party[name] for party in parties if name in party] for name in bases}
+    if put_away(model):
+        parts = own_adapters(lambda name: matrix(bases[name]), parts, rounding)
+        bases = {name: bases[name] for name in parts}
     groups = list(_groups(model, bases, residual))
     calls = []
     for names, own, _ in groups:
@@ -165,11 +168,11 @@ def _groups(model: nn.Module, bases: Mapping[str, nn.Module],
     found: dict[tuple[torch.device, bool], list[str]] = {}
     for name, base in bases.items():
         _refuse_opaque(name, base)
-        weight = matrix(base)
+        weight = own_part(matrix(base))
         found.setdefault((weight.device, residual and weight.itemsize == 2), []).append(name)
     held = residuals(model)
     for (_, kept), names in found.items():
-        own = [matrix(bases[name]).detach() for name in names]
+        own = [own_part(matrix(bases[name])) for name in names]
         yield names, own, [_residual(held.get(name), w) for name, w in zip(names, own, strict=True)] if kept else None
 
 
@@ -188,11 +191,14 @@ def refuse_read_past(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def _refuse_opaque(name: str, base: nn.Module) -> None:
-    if is_opaque(base):
+    if is_opaque(base) and not is_sharded(base.weight):
         raise TargetError(f"{name}: expected a weight in floating point to write to; got a {type(base).__name__}, whose own is not."
                           " Keep the update beside it (flora.nn.accumulate; in a config, merge_into: adapter), or load the model "
                           "in floating point.")
     refuse_parametrized(base, name)
+    if base.weight.device != device_for(base):
+        raise TargetError(f"{name}: expected a weight that lies in memory; accelerate has offloaded this one, and what is written "
+                          "to it would be lost. Keep the update beside it (flora.nn.accumulate), or merge before it is dispatched.")
     if overrides(base):
         raise TargetError(f"{name}: expected a module that gives x Wᵀ + bias; got a {type(base).__name__} with a forward of its "
                           "own: an update merged into its weight need not do what the adapter did. Keep the update beside it "
@@ -240,8 +246,7 @@ def accumulate(model: nn.Module, adapters: Adapters, rank: int | None = None, to
         errors[name] = norm(stack([whole, kept[name] * -1])) / size if size else 0.0
     for name, base in bases.items():
         inner = base.base if isinstance(base, Accumulated) else base
-        device = next(itertools.chain(inner.parameters(), inner.buffers())).device
-        replace(model, base, Accumulated(inner, kept[name].to(device)))
+        replace(model, base, Accumulated(inner, kept[name].to(device_for(inner))))
     return errors
 
 
@@ -252,11 +257,15 @@ def accumulated(model: nn.Module) -> dict[str, Adapter]:
 
 def weights(model: nn.Module, layers: Sequence[str]) -> dict[str, torch.Tensor]:
     """The base weights (out, in) of these layers: views, for a dense broadcast. Raises TargetError as merge does."""
+    put_away(model)
     linears, out = linear_modules(model), {}
     for name in layers:
         if name not in linears:
             raise TargetError(f"expected a linear module named {name!r} in the model; got none.")
         _refuse_opaque(name, linears[name])
+        if is_sharded(linears[name].weight):
+            raise TargetError(f"{name}: expected a weight that this process holds whole; got a sharded one, which adapters can be "
+                              "merged into and nothing else. Read or write it before the model is sharded.")
         out[name] = matrix(linears[name]).detach()
     return out
 

@@ -16,7 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from flora.layer import computes_itself, is_linear
+from flora.layer import computes_itself, device_for, is_linear
+from flora.sharded import holds_shards
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ _traits: WeakKeyDictionary[nn.Module, Traits] = WeakKeyDictionary()
 
 
 def device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    return device_for(model)
 
 
 def is_plain(head: nn.Module) -> bool:
@@ -65,6 +66,8 @@ def traits_of(model: nn.Module) -> Traits:
 def _try(model: nn.Module) -> Traits:
     if not all(hasattr(model, name) for name in ("config", "base_model", "get_output_embeddings")):
         return Traits(False, False, f"{type(model).__name__} is not a model of transformers")
+    if holds_shards(model):                                     # parts of it cannot be called by themselves
+        return Traits(False, False, "its weights are sharded over several processes")
     size = model.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(8, device=device_of(model)) * 7 + 3) % size
     mask = torch.tensor([[1] * 5, [1] * 3 + [0] * 2], device=ids.device)

@@ -1,4 +1,4 @@
-"""A whole federated run in one process: the loop that DESIGN calls the one a newcomer looks for."""
+"""A whole federated run on one machine: the loop that DESIGN calls the one a newcomer looks for."""
 import contextlib
 import math
 import time
@@ -18,20 +18,22 @@ from flora.checkpoint import RunFolder
 from flora.cohort import Cohort
 from flora.config import RunConfig, load, parse
 from flora.data.batches import steps_per_epoch
+from flora.distributed import Team, first
 from flora.engines import guards
 from flora.engines.hierarchy import Hierarchy, clock_row, hierarchy_of
 from flora.engines.measure import NOTHING, after, before, client_row, over_group, server_row, unmeasured_row, views_at_home
 from flora.engines.plan import bytes_of_a_round
 from flora.engines.prepare import Job, environment, new_server, prepare, rehearse, sent_up
+from flora.engines.processes import follow, put_back, several
 from flora.engines.traffic import Traffic, total
 from flora.errors import ConfigError
 from flora.group import Group, GroupCohort, leaves
 from flora.messages import Broadcast, Update
-from flora.nn import accumulate, residuals, target_shapes, weights
+from flora.nn import target_shapes, weights
 from flora.report import Report
 from flora.server import Server
 from flora.snapshot import Carried, Resumed
-from flora.versions import bring_to, resume_at, write_into
+from flora.versions import bring_to, write_into
 
 LOST = {"vanished": "its device has vanished in this round", "late": "its device is late in this round",
         "next": "its device is late in this round; its update counts less in the next one"}
@@ -48,10 +50,19 @@ def run(config: RunConfig | Mapping[str, Any] | str | Path, resume: bool = False
         config = parse(config) if isinstance(config, Mapping) else parse(load(config), str(config))
     rehearse(config)
     keep_large_blocks()
+    with several(config) as team:                               # the processes of one torchrun; None: this one is alone
+        return _whole(config, resume, team) if first() else follow(config, team, resume)
+
+
+def _whole(config: RunConfig, resume: bool, team: Team | None) -> Path:
+    """A run as the process that leads it, or that is alone, sees it."""
     console = Console(stderr=True, quiet=config.quiet)
     with RunFolder(config.output_dir, config.overwrite, resume) as folder:
         resumed = folder.load_checkpoint() if resume else None
         job = prepare(config, lambda line: console.print(line, highlight=False, soft_wrap=True), resumed.base if resumed else None)
+        if team:
+            team.begin()
+            job = replace(job, team=team)
         folder.begin(yaml.safe_dump(config.model_dump(exclude={"overwrite"}), sort_keys=False), environment(),
                      resumed.number if resumed else 0)
         try:
@@ -68,10 +79,7 @@ def run(config: RunConfig | Mapping[str, Any] | str | Path, resume: bool = False
 
 def _run(config: RunConfig, folder: RunFolder, job: Job, resumed: Resumed | None) -> None:
     """The run itself, in a folder that is open."""
-    if resumed:
-        accumulate(job.model, resumed.beside)
-        residuals(job.model).update(resumed.residuals)
-        resume_at(job.model, resumed.broadcast.run, resumed.broadcast.version, resumed.base is not None, resumed.merge_errors)
+    put_back(job, resumed)
     with Report(folder.path, config.num_rounds, resumed.number if resumed else 0, config.quiet) as report:
         report.say(f"{len(job.clients)} clients, strategy {config.strategy}, {config.num_rounds} rounds")
         key = folder.secret(resumed is not None) if config.privacy else guards.NO_KEY
@@ -148,6 +156,7 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
         maker = GroupCohort if tree.members else Cohort
         cohort = maker(job.model, parties, job.train_config, config.target_modules, state.budget, job.merge_config,
                         optimizer_states=state.optimizers)
+        cohort.team = job.team
         report.start(f"round {number}: train", len(clients))
         updates = cohort.fit(sent, on_step=lambda *step, cohort=cohort: report.on_step(*step, cohort.tokens_per_second))
         trained = after(job, updates, sent, report, number, parties) if measured else {}

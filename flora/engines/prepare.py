@@ -28,6 +28,8 @@ from flora.versions import MergeConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from flora.distributed import Team
+
 log = logging.getLogger(__name__)
 Row = Mapping[str, Any]
 Rows = list[dict[str, list[int]]]
@@ -37,7 +39,7 @@ POOLED = "everyone"
 @dataclass(frozen=True)
 class Job:
     """What a run works on. eval_rows: held-out rows by client; server_rows: those of the server; histograms: of the clients'
-    training rows, where there are groups."""
+    training rows, where there are groups; team: the processes that share the training out (processes.py)."""
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
     clients: list[LocalClient]
@@ -48,6 +50,7 @@ class Job:
     merge_config: MergeConfig
     scores: Scores
     histograms: Histograms
+    team: "Team | None" = None
 
 
 OPTIONS = {"start": "start", "server_learning_rate": "server_lr", "absent": "absent", "mixed_alpha": "mixed_alpha",
