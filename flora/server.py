@@ -57,8 +57,9 @@ class Server:
         self._refuse_trust()
         self._inbox = self._new_inbox()
         self._merges: dict[int, Adapters] = {}
+        self.changed = 0                                        # the last version that changed the base
         self._layers: set[str] = set()                          # that any broadcast has changed
-        self._remember(broadcast)
+        self.remember(broadcast)
 
     def sample(self, number: int) -> list[LocalClient | Group]:
         """The clients of a round (from 0), by fraction and seed; always the same for the same round. In the run's order."""
@@ -100,6 +101,11 @@ class Server:
         if robust is not None and count < robust.needs(count):
             return f"expected at least {robust.needs(count)} answers for robust {robust.how} to judge {count} by; got {count}"
         return ""
+
+    @property
+    def received(self) -> list[Update]:
+        """What the open round has taken in, in the order of arrival."""
+        return [*self._inbox.updates.values()]
 
     def discard(self) -> None:
         """Forgets what the open round has received: it failed. The base and the broadcast are as they were."""
@@ -220,20 +226,23 @@ class Server:
         return self._send(self.stream.close())
 
     def _send(self, broadcast: Broadcast) -> Broadcast:
-        """Makes this the broadcast that is due; remembers merges, up to HISTORY times the numbers in the weights they are for."""
+        """Makes this the broadcast that is due."""
         self.before, self.broadcast = self.broadcast, broadcast
-        self._remember(broadcast)
-        while len(self._merges) > 1 and _size(self._merges.values()) > HISTORY * _dense(self._merges.values()):
-            del self._merges[min(self._merges)]
+        self.remember(broadcast)
         return broadcast
 
-    def _remember(self, broadcast: Broadcast) -> None:
-        """A version of which some layers went as weights has no merge that would do."""
+    def remember(self, broadcast: Broadcast) -> None:
+        """Holds what this version changed, for catch_up: of every broadcast that is due, and of those before a checkpoint, in order.
+        Up to HISTORY times the numbers in the weights; of a version of which layers went as weights no merge would do."""
+        if broadcast.merge is not None or broadcast.base is not None:
+            self.changed = broadcast.version
         self._layers |= {*(broadcast.merge or ()), *(broadcast.base or ())}
         if broadcast.base is not None:
             self._merges = {}
         elif broadcast.merge is not None:
             self._merges[broadcast.version] = broadcast.merge
+        while len(self._merges) > 1 and _size(self._merges.values()) > HISTORY * _dense(self._merges.values()):
+            del self._merges[min(self._merges)]
 
     def catch_up(self, version: int, weights: Mapping[str, Tensor] | None = None) -> Broadcast:
         """What brings a client whose base is at `version` to the broadcast that is due: the merges it missed, concatenated.

@@ -1,7 +1,6 @@
 """A whole federated run in one process: the loop that DESIGN calls the one a newcomer looks for."""
 import contextlib
 import math
-import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,21 +18,19 @@ from flora.checkpoint import RunFolder
 from flora.cohort import Cohort
 from flora.config import RunConfig, load, parse
 from flora.data.batches import steps_per_epoch
-from flora.downlink import Downlink
 from flora.engines import guards
 from flora.engines.hierarchy import Hierarchy, clock_row, hierarchy_of
 from flora.engines.measure import NOTHING, after, before, client_row, over_group, server_row, unmeasured_row, views_at_home
 from flora.engines.plan import bytes_of_a_round
-from flora.engines.prepare import Job, environment, prepare, rehearse
+from flora.engines.prepare import Job, environment, leaving, new_server, prepare, rehearse
 from flora.engines.traffic import Traffic, total
 from flora.errors import ConfigError
 from flora.group import Group, GroupCohort, leaves
 from flora.messages import Update
 from flora.nn import accumulate, residuals, target_shapes, weights
 from flora.report import Report
-from flora.server import Server, first_broadcast
+from flora.server import Server
 from flora.snapshot import Carried, Resumed
-from flora.strategies import leave_home
 from flora.versions import bring_to, resume_at, write_into
 
 LOST = {"vanished": "its device has vanished in this round", "late": "its device is late in this round",
@@ -83,7 +80,10 @@ def _run(config: RunConfig, folder: RunFolder, job: Job, resumed: Resumed | None
         tree.observe(report.rows)
         for name, reason in tree.left_out.items():
             report.say(f"{name} is left out of the run: {reason}")
-        server = new_server(config, job, resumed, tree, key)
+        server = new_server(config, target_shapes(job.model, config.target_modules), tree.everybody(),
+                            resumed.broadcast if resumed else None, key)
+        if resumed:
+            resumed.remind(server)
         budget = Budget(job.model, config.max_tokens_per_batch, resumed.budget if resumed else None)
         state = State(budget, dict(resumed.home), resumed.optimizers, dict(resumed.late)) if resumed else State(budget)
         if config.optimizer_state == "keep":
@@ -154,7 +154,7 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
         state.home.update({u.client: u.adapters for u in updates} if server.strategy.home else {})
 
         began = time.perf_counter()
-        leaving = [_leaving(u, server.strategy.home) for u in updates]
+        leaving = [leaving(u, server.strategy.home) for u in updates]
         arrived = state.late | {u.client: u for u in leaving if lost.get(u.client) != "next"}
         state.late = {u.client: u for u in leaving if lost.get(u.client) == "next"}
         left_out = {name: LOST[how] for name, how in lost.items()} | cohort.failures | server.take(arrived)
@@ -212,12 +212,6 @@ def over_budget(config: RunConfig, report: Report, server: Server, tree: Hierarc
     return True
 
 
-def _leaving(update: Update, home: str) -> Update:
-    """What leaves a client: not the factors that stay at home, and no clock, so that equal runs send equal bytes."""
-    metrics = {name: value for name, value in update.metrics.items() if name not in ("seconds", "tokens_per_second")}
-    return replace(update, adapters=leave_home(update.adapters, home), metrics=metrics)
-
-
 def dense_weights(job: Job, server: Server) -> Mapping[str, Tensor] | None:
     """The base's weights, where the downlink may send some in the place of an update."""
     if server.downlink.how not in ("dense", "auto") or job.merge_config.into != "base":
@@ -234,25 +228,6 @@ def new_hierarchy(config: RunConfig, job: Job, resumed: Resumed | None) -> Hiera
     if resumed:                                                 # HetLoRA's clients prune their ranks; alpha stays as it began
         tree.clients = {n: replace(c, rank=min(c.rank, resumed.ranks.get(n, c.rank))) for n, c in tree.clients.items()}
     return tree
-
-
-def new_server(config: RunConfig, job: Job, resumed: Resumed | None, tree: Hierarchy, key: bytes = guards.NO_KEY) -> Server:
-    """The server of this run, which has tried its strategy on these clients' ranks and alphas: what it would refuse after the first
-    round of training it refuses now. Under a name of the run's own, so merges are counted per run."""
-    shapes = target_shapes(job.model, config.target_modules)
-    options = config.strategy_options()
-    clients = tree.everybody()
-    if resumed:
-        broadcast = resumed.broadcast
-    else:
-        broadcast = replace(first_broadcast(config.strategy, shapes, clients, config.seed, options), run=secrets.token_hex(8))
-    server = Server(config.strategy, clients, broadcast, min(1.0, config.fraction_train * config.over_sampling), config.weighting,
-                    config.seed, options=options, downlink=Downlink(config.downlink, config.downlink_tol), shapes=shapes,
-                    trust=guards.guarded(config, shapes, leaves(clients), key))
-    server.rehearse()
-    if resumed:
-        resumed.remind(server)
-    return server
 
 
 def resume(folder: str | Path) -> Path:

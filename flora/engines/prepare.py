@@ -1,7 +1,8 @@
 """From a config to what a run needs: the model, and every client's rows as token ids, with their held-out splits."""
 import logging
 import platform
-from collections.abc import Callable, Mapping, Sequence
+import secrets
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,10 +18,11 @@ from flora.downlink import Downlink
 from flora.engines import guards
 from flora.engines.scores import Scores, scores_of
 from flora.errors import ConfigError, DataError
-from flora.group import Group
+from flora.group import Group, leaves
 from flora.grouping import Histograms, histograms, token_histograms
+from flora.messages import Broadcast, Update
 from flora.server import Server, first_broadcast
-from flora.strategies import STRATEGIES, Strategy, strategy_named
+from flora.strategies import STRATEGIES, Strategy, leave_home, strategy_named
 from flora.versions import MergeConfig
 
 if TYPE_CHECKING:
@@ -155,9 +157,17 @@ def dealt(config: RunConfig, rows: Sequence[Row]) -> Splits:
     return replace(splits, train={name: sorted(indices[i] for i in kept[name]) for name, indices in splits.train.items()})
 
 
-def prepare(config: RunConfig, say: Callable[[str], None], base: Path | None = None) -> Job:
+def base_model(config: RunConfig, folder: Path | None = None) -> "PreTrainedModel":
+    """The model of this config on its device; folder: with the weights of a checkpoint, in the place of the original ones."""
+    device, dtype = device_and_dtype(config)
+    return load_model(folder or config.model_name_or_path, dtype, config.num_hidden_layers).to(device)
+
+
+def prepare(config: RunConfig, say: Callable[[str], None], base: "Path | PreTrainedModel | None" = None,
+            only: Collection[int] | None = None) -> Job:
     """Loads data, tokenizer and model, deals and splits the rows. say gets a line for each step; base: a folder with the
-    weights of a checkpoint, in the place of the original ones.
+    weights of a checkpoint, in the place of the original ones, or the model itself; only: the clients to make ready, by their
+    places (None: all).
 
     A pooled strategy (centralized) gets one client with everybody's rows, the largest rank, and max_steps times the clients.
     Raises DataError, FetchError, ConfigError.
@@ -169,7 +179,7 @@ def prepare(config: RunConfig, say: Callable[[str], None], base: Path | None = N
     splits = dealt(config, rows)
     say(f"model: {config.model_name_or_path}, {str(dtype).removeprefix('torch.')} on {device}")
     tokenizer = load_tokenizer(config.model_name_or_path)
-    model = load_model(base or config.model_name_or_path, dtype, config.num_hidden_layers).to(device)
+    model = base_model(config, base) if base is None or isinstance(base, Path) else base
 
     def tokens(indices: list[int]) -> Rows:
         return tokenize_rows(tokenizer, [rows[i] for i in indices], config.max_length, config.chat_template)
@@ -179,7 +189,8 @@ def prepare(config: RunConfig, say: Callable[[str], None], base: Path | None = N
         held_out = {"": splits.server, POOLED: [i for indices in splits.eval.values() for i in indices]}
     scores = scores_of(config, tokenizer, {name: [rows[i] for i in indices] for name, indices in held_out.items()})
     clients, eval_rows, own = [], {}, {}
-    for (name, indices), rank, alpha in zip(splits.train.items(), config.ranks(), config.alphas(), strict=True):
+    everybody = zip(splits.train.items(), config.ranks(), config.alphas(), strict=True)
+    for (name, indices), rank, alpha in (one for i, one in enumerate(everybody) if only is None or i in only):
         clients.append(LocalClient(name, tokens(indices), rank, alpha))
         own[name] = [rows[i] for i in indices]
         eval_rows[name] = tokens(splits.eval[name])
@@ -195,8 +206,34 @@ def prepare(config: RunConfig, say: Callable[[str], None], base: Path | None = N
     factor = max(1, round(config.fraction_train * config.num_clients)) if pooled else 1
     return Job(model, tokenizer, clients, eval_rows, tokens(splits.server),
                train_config(config, tokenizer.pad_token_id or 0, factor), config.per_device_eval_batch_size,
-               MergeConfig(config.merge_into, config.merge_rounding, config.merge_residual, config.seed, config.merge_rank,
-                           config.merge_tol), scores, found)
+               merge_config(config), scores, found)
+
+
+def merge_config(config: RunConfig) -> MergeConfig:
+    """The part of a config that says how merges reach a base."""
+    return MergeConfig(config.merge_into, config.merge_rounding, config.merge_residual, config.seed, config.merge_rank,
+                       config.merge_tol)
+
+
+def new_server(config: RunConfig, shapes: Mapping[str, tuple[int, int]], clients: Sequence[LocalClient | Group],
+               broadcast: Broadcast | None = None, key: bytes = guards.NO_KEY) -> Server:
+    """The server of this run, which has tried its strategy on these clients' ranks and alphas: what it would refuse after the first
+    round of training it refuses now. Under a name of the run's own, so merges are counted per run. broadcast: of a checkpoint; key:
+    as in guards.guarded."""
+    options = config.strategy_options()
+    if broadcast is None:
+        broadcast = replace(first_broadcast(config.strategy, shapes, clients, config.seed, options), run=secrets.token_hex(8))
+    server = Server(config.strategy, clients, broadcast, min(1.0, config.fraction_train * config.over_sampling), config.weighting,
+                    config.seed, options=options, downlink=Downlink(config.downlink, config.downlink_tol), shapes=shapes,
+                    trust=guards.guarded(config, shapes, leaves(clients), key))
+    server.rehearse()
+    return server
+
+
+def leaving(update: Update, home: str) -> Update:
+    """What leaves a client: not the factors that stay at home, and no clock, so that equal runs send equal bytes."""
+    metrics = {name: value for name, value in update.metrics.items() if name not in ("seconds", "tokens_per_second")}
+    return replace(update, adapters=leave_home(update.adapters, home), metrics=metrics)
 
 
 def environment() -> dict[str, Any]:
