@@ -232,7 +232,7 @@ class Server:
         return broadcast
 
     def remember(self, broadcast: Broadcast) -> None:
-        """Holds what this version changed, for catch_up: of every broadcast that is due, and of those before a checkpoint, in order.
+        """Keeps what this version changed, for catch_up: of every broadcast, and, in order, those before a checkpoint.
         Up to HISTORY times the numbers in the weights; of a version of which layers went as weights no merge would do."""
         if broadcast.merge is not None or broadcast.base is not None:
             self.changed = broadcast.version

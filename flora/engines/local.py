@@ -22,7 +22,7 @@ from flora.engines import guards
 from flora.engines.hierarchy import Hierarchy, clock_row, hierarchy_of
 from flora.engines.measure import NOTHING, after, before, client_row, over_group, server_row, unmeasured_row, views_at_home
 from flora.engines.plan import bytes_of_a_round
-from flora.engines.prepare import Job, environment, leaving, new_server, prepare, rehearse
+from flora.engines.prepare import Job, environment, new_server, prepare, rehearse, sent_up
 from flora.engines.traffic import Traffic, total
 from flora.errors import ConfigError
 from flora.group import Group, GroupCohort, leaves
@@ -154,7 +154,7 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
         state.home.update({u.client: u.adapters for u in updates} if server.strategy.home else {})
 
         began = time.perf_counter()
-        leaving = [leaving(u, server.strategy.home) for u in updates]
+        leaving = [sent_up(u, server.strategy.home) for u in updates]
         arrived = state.late | {u.client: u for u in leaving if lost.get(u.client) != "next"}
         state.late = {u.client: u for u in leaving if lost.get(u.client) == "next"}
         left_out = {name: LOST[how] for name, how in lost.items()} | cohort.failures | server.take(arrived)

@@ -11,7 +11,7 @@ from pathlib import Path
 from flora.cohort import Cohort
 from flora.config import RunConfig
 from flora.engines.merge_log import MergeLog
-from flora.engines.prepare import Job, base_model, leaving, merge_config, prepare
+from flora.engines.prepare import Job, base_model, merge_config, prepare, sent_up
 from flora.errors import MessageError, RunError, TrainingError
 from flora.evaluate import evaluate_clients
 from flora.messages import Broadcast, Limits, decode, encode
@@ -32,10 +32,10 @@ class Own:
 
 @dataclass(frozen=True)
 class Answer:
-    """have: the version that the base is at now; update: what was trained, encoded; b"" where the base could not be brought to the
+    """have: the version that the base is at now; update: what was trained, encoded; None where the base could not be brought to the
     version that was sent. metrics: numbers for the report, the clock among them."""
     have: int
-    update: bytes = b""
+    update: bytes | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -129,7 +129,7 @@ class Party:
         update = updates[0]
         metrics |= self._measured({**(sent.start or {}), **update.adapters}, "after") if measured and update.base is None else {}
         metrics |= {name: update.metrics[name] for name in ("seconds", "tokens_per_second")}
-        return Answer(version_of(model, sent.run), encode(leaving(update, self.home), given=sent), metrics)
+        return Answer(version_of(model, sent.run), encode(sent_up(update, self.home), given=sent), metrics)
 
     def _measured(self, view: Mapping | None, when: str) -> dict[str, float]:
         """Loss and accuracy of this view on its own held-out rows, under the names of the report."""

@@ -230,7 +230,7 @@ def new_server(config: RunConfig, shapes: Mapping[str, tuple[int, int]], clients
     return server
 
 
-def leaving(update: Update, home: str) -> Update:
+def sent_up(update: Update, home: str) -> Update:
     """What leaves a client: not the factors that stay at home, and no clock, so that equal runs send equal bytes."""
     metrics = {name: value for name, value in update.metrics.items() if name not in ("seconds", "tokens_per_second")}
     return replace(update, adapters=leave_home(update.adapters, home), metrics=metrics)

@@ -25,7 +25,7 @@ from flora.engines.measure import NOTHING, client_row, server_row
 from flora.engines.merge_log import MergeLog
 from flora.engines.plan import outline
 from flora.engines.prepare import check, environment, new_server, prepare
-from flora.errors import ConfigError, RunError, StrategyError
+from flora.errors import ConfigError, RunError
 from flora.files import staged
 from flora.formats import save_peft
 from flora.group import concatenated
@@ -38,7 +38,8 @@ from flora.snapshot import Carried
 from flora.strategies import strategy_named
 from flora.versions import bring_to, resume_at, write_into
 
-LOCAL_ONLY = ("secure_aggregation", "privacy", "groups", "fleet", "optimizer_state", "over_sampling", "late", "communication_budget_mb", "round_deadline")
+LOCAL_ONLY = ("groups", "fleet", "optimizer_state", "over_sampling", "late", "communication_budget_mb", "round_deadline",
+              "secure_aggregation", "privacy")
 HEADERS = 1 << 24                                               # bytes of a message beside its numbers
 
 
@@ -54,9 +55,9 @@ class Hello:
 
 @dataclass(frozen=True)
 class Came:
-    """What a client answered: the version of its base, its update (b"": it is not at the version that was sent), its numbers."""
+    """What a client answered: the version of its base, its update (None: it is not at the version that was sent), its numbers."""
     have: int
-    update: bytes
+    update: bytes | None
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -91,10 +92,10 @@ class RemoteRun:
         return (self.number + 1) % self.config.eval_every == 0 or self.number + 1 == self.config.num_rounds
 
     def open(self, hellos: Sequence[Hello]) -> None:
-        """Starts, or goes on, with these clients. Raises StrategyError where the strategy cannot have them, RunError for too few."""
+        """Begins or goes on with these clients. Raises RunError for too few, StrategyError where the strategy cannot have them."""
         if len(hellos) < self.config.min_clients:
-            raise RunError(f"expected at least {self.config.min_clients} clients (min_clients); got {len(hellos)}. Start their nodes, "
-                           "or give them longer to join.")
+            raise RunError(f"expected at least {self.config.min_clients} clients (min_clients); got {len(hellos)}. Start their "
+                           "nodes, or give them longer to join.")
         config, resumed = self.config, self._resumed
         ranks = resumed.ranks if resumed else {}
         clients = [LocalClient(h.name, [{}] * h.examples, min(h.rank, ranks.get(h.name, h.rank)), h.alpha)
@@ -133,11 +134,11 @@ class RemoteRun:
         as this server knows). Raises StrategyError where what it missed is held no more."""
         due, rank = self.server.broadcast, self.rank(name)
         have = self._versions.get(name, 0) if have is None else have
-        self._versions[name] = have
         if (have, rank) not in self._messages:
             held = weights(self.model, list(self.shapes)) if self.job and self.config.merge_into == "base" else None
             sent = self.server.catch_up(have, held) if have != due.version else replace(due, merge=None, base=None)
             self._messages[have, rank] = encode(for_client(sent, rank))
+        self._versions[name] = have
         self._sent[name] = self._sent.get(name, 0) + len(self._messages[have, rank])
         return self._messages[have, rank]
 
@@ -149,10 +150,11 @@ class RemoteRun:
         server, config, number = self.server, self.config, self.number
         seconds = {"clients": time.perf_counter() - self._began}
         began = time.perf_counter()
-        arrived = {c.name: answers[c.name] for c in server.clients if c.name in answers and answers[c.name].update}
+        arrived = {c.name: answers[c.name] for c in server.clients
+                   if c.name in answers and answers[c.name].update is not None}
         self._versions |= {name: max(0, min(came.have, server.broadcast.version)) for name, came in answers.items()}
         left_out = {**lost, **{name: f"its base is at version {came.have} still" for name, came in answers.items()
-                               if not came.update}}
+                               if came.update is None}}
         left_out |= server.take({name: came.update for name, came in arrived.items()})
         updates = list(server.received)
         short = server.short()
@@ -238,8 +240,8 @@ def refuse(config: RunConfig) -> None:
         raise ConfigError(f"{what}: expected a setting that clients in processes of their own can have; got one of a run in one "
                           "process. Leave it out, or take `flora run`.")
     if config.checkpoint_every > 1:
-        raise ConfigError(f"checkpoint_every: expected 1 (or 0: no resume), so that no client is ahead of a run that is resumed; got "
-                          f"{config.checkpoint_every}. Leave it out.")
+        raise ConfigError(f"checkpoint_every: expected 1 (or 0: no resume), so that no client is ahead of a run that is resumed; "
+                          f"got {config.checkpoint_every}. Leave it out.")
 
 
 def trusted(trust: Trust, clients: Sequence[LocalClient], shapes: Mapping[str, tuple[int, int]]) -> Trust:

@@ -55,9 +55,9 @@ def train(message: Message, context: Context) -> Message:
     content = RecordDict()
     try:
         answer = _party(context).answer(from_arrays(message.content), told["needed"], told["rank"], told["measured"])
-        content["flora"] = ConfigRecord({"have": answer.have, "behind": not answer.update})
+        content["flora"] = ConfigRecord({"have": answer.have, "behind": answer.update is None})
         content["metrics"] = MetricRecord(dict(answer.metrics))
-        if answer.update:
+        if answer.update is not None:
             content["arrays"] = to_arrays(answer.update)
         context.state["flora"] = ConfigRecord({"run": told["run"], "version": answer.have})
     except FloraError as error:

@@ -78,4 +78,4 @@ def came_of(reply: Message) -> Came:
         raise MessageError(f"expected the version of its base; got {str(have)[:200]}. The message is refused.")
     numbers = {name: float(value) for name, value in reply.content.metric_records.get("metrics", {}).items()
                if isinstance(value, (int, float))}
-    return Came(have, b"" if told.get("behind") is True else from_arrays(reply.content), numbers)
+    return Came(have, None if told.get("behind") is True else from_arrays(reply.content), numbers)

@@ -1,4 +1,5 @@
 """Flower's Strategy of a run of flora: who the nodes are, what each is sent, and what came back."""
+import contextlib
 import logging
 import time
 from collections.abc import Iterable, Mapping
@@ -22,7 +23,7 @@ class FloraStrategy(Strategy):
     """Flower's strategy of a run of flora: `FloraStrategy(config).run(grid)`.
 
     config: a RunConfig, or its keys and values; own: what Flower adds. The weights of `start`'s protocol (arrays) are not used:
-    what is sent differs from client to client. round: the RemoteRun, with its server, report and folder. Raises what RemoteRun does.
+    what is sent differs from client to client. round: the RemoteRun: server, report, folder. Raises what RemoteRun does.
     """
 
     def __init__(self, config: RunConfig | Mapping[str, Any], own: FlowerConfig | None = None):
@@ -42,7 +43,9 @@ class FloraStrategy(Strategy):
             self._open(grid)
             self.start(grid, ArrayRecord(), rounds, timeout=self.own.round_timeout)
         except BaseException:
-            self.round.folder.mark("failed", self.round.number)
+            if self._opened:
+                with contextlib.suppress(Exception):            # the disk may be full; the first error is the one to show
+                    self.round.folder.mark("failed", self.round.number)
             raise
         where = self.round.finish()
         log.info("the run is in %s, its result in %s", self.round.folder.path, where)
@@ -61,8 +64,8 @@ class FloraStrategy(Strategy):
         """Closes the round on these replies, and on those of clients whose base was elsewhere than this server knew: they are sent
         what they lack, once. Raises RunError where too few are left."""
         answers = self._answers(replies)
-        behind = {name: came.have for name, came in answers.items() if not came.update}
-        answers = {name: came for name, came in answers.items() if came.update}
+        behind = {name: came.have for name, came in answers.items() if came.update is None}
+        answers = {name: came for name, came in answers.items() if came.update is not None}
         again = self._messages(behind)
         if again:
             answers |= self._answers(self._grid.send_and_receive(again, timeout=self.own.round_timeout))
@@ -134,8 +137,8 @@ class FloraStrategy(Strategy):
                                f"{str(dict(told))[:200]}")
         hello = Hello(**{key: told[key] for key in kinds})
         if any(hello.name == other.name for other in self._known().values()):
-            raise StrategyError(f"expected a node for each client; got another one that says it is {hello.name!r}. Give every node a "
-                                "partition-id of its own.")
+            raise StrategyError(f"expected a node for each client; got another one that says it is {hello.name!r}. Give "
+                                "every node a partition-id of its own.")
         return hello
 
     def _messages(self, versions: Mapping[str, int | None]) -> list[Message]:
