@@ -89,4 +89,4 @@ def came_of(model: FLModel) -> Came:
         raise MessageError(f"expected the version of its base; got {str(have)[:200]}. The message is refused.")
     numbers = {str(name): float(value) for name, value in (metrics if isinstance(metrics, Mapping) else {}).items()
                if isinstance(value, (int, float))}
-    return Came(have, b"" if told.get("behind") is True else from_model(model), numbers)
+    return Came(have, None if told.get("behind") is True else from_model(model), numbers)
