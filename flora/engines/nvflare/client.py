@@ -4,9 +4,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from flora.config import RunConfig
 from flora.data.fetch import cache_folder
 from flora.engines.nvflare.settings import NVFlareConfig, from_model, settings, to_model, told_of
-from flora.engines.party import Base, Own, Party
+from flora.engines.party import Answer, Base, Own, Party
 from flora.errors import ConfigError, FloraError, MessageError, needs
 
 with needs("nvflare", "nvflare"):
@@ -39,24 +40,24 @@ def client_loop(job: str | Path | Mapping[str, Any], own: Own | None = None, fol
         flare.send(answer)
 
 
-def party_at(site: str, config, own_settings: NVFlareConfig, own: Own | None = None, folder: Path | None = None) -> Party:
+def party_at(site: str, config: RunConfig, job: NVFlareConfig, own: Own | None = None, folder: Path | None = None) -> Party:
     """The client of a site. Raises ConfigError for a site that the job does not name, and what Party raises."""
-    if site not in own_settings.sites:
-        raise ConfigError(f"expected a site of this job: {', '.join(own_settings.sites)}; got {site!r}. Name it in nvflare.sites.")
-    place = own_settings.sites.index(site)
+    if site not in job.sites:
+        raise ConfigError(f"expected a site of this job: {', '.join(job.sites)}; got {site!r}. Name it in nvflare.sites.")
+    place = job.sites.index(site)
     own = Own(own.rank, own.alpha, own.dataset, f"client-{place}") if own else Own(name=f"client-{place}")
     return Party(config, place, Base(config, folder or cache_folder() / "nvflare"), own)
 
 
-def answer_of(train: Callable, model: FLModel) -> FLModel:
+def answer_of(train: Callable[[bytes, int, int, bool], Answer], model: FLModel) -> FLModel:
     """What a client answers to a message; train: Party.answer. Raises what that raises, MessageError for no message of flora."""
     told = told_of(model)
     if "error" in told:
         raise MessageError(str(told["error"])[:1000])
     wrong = [key for key, kind in (("needed", int), ("rank", int), ("measured", bool)) if type(told.get(key)) is not kind]
     if wrong:
-        raise MessageError(f"expected {', '.join(wrong)} in the meta of a message; got {str(dict(told))[:200]}. Is FloraFilter in the "
-                           "job?")
+        raise MessageError(f"expected {', '.join(wrong)} in the meta of a message; got {str(dict(told))[:200]}. Make the job with "
+                           "flora_recipe, whose filter says them.")
     answer = train(from_model(model), told["needed"], told["rank"], told["measured"])
     return to_model(answer.update or b"", have=answer.have, behind=answer.update is None, metrics=dict(answer.metrics))
 

@@ -67,8 +67,8 @@ def persistor_of(fl_ctx: FLContext) -> FloraPersistor:
     """The persistor of this job. Raises RunError for a job that has another."""
     found = fl_ctx.get_engine().get_component(PERSISTOR)
     if not isinstance(found, FloraPersistor):
-        raise RunError(f"expected a FloraPersistor as the component {PERSISTOR} of the job; got {type(found).__name__}. Make the job "
-                       "with flora_recipe.")
+        raise RunError(f"expected a FloraPersistor as the job's component {PERSISTOR}; got {type(found).__name__}. Make the job with "
+                       "flora_recipe.")
     return found
 
 
@@ -82,7 +82,7 @@ class FloraAggregator(ModelAggregator):
         self.sampled: list[str] = []
 
     def reset_stats(self) -> None:
-        """Begins a round: whoever is sampled is lost until it answers."""
+        """Begins a round; whom it waits for, the controller has said (sample_clients)."""
         self.answers = {}
 
     def accept_model(self, model: FLModel) -> None:

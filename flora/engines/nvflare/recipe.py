@@ -14,6 +14,7 @@ from flora.engines.remote import refuse
 from flora.errors import needs
 
 with needs("nvflare", "nvflare"):
+    from nvflare.app_common.executors.client_api_executor import ClientAPIExecutor
     from nvflare.client.config import ExchangeFormat
     from nvflare.job_config.script_runner import FrameworkType
     from nvflare.recipe.fedavg import FedAvgRecipe
@@ -31,33 +32,39 @@ client_loop(Path(__file__).with_name("{JOB}"))
 class FloraRecipe(FedAvgRecipe):
     """NVFlare's FedAvgRecipe with flora's parts. sites: of the clients, in the run's order, for SimEnv(clients=...).
 
-    script: of the clients; the job carries it, and {JOB} beside it, unless it is an absolute path that only the sites have.
+    The job carries the clients' script and the run's settings beside it, not flora, which is installed at the sites. script: one
+    that the sites have, by its absolute path, and beside which lies flora_job.yaml: then the job carries no code.
     """
 
     def __init__(self, config: RunConfig, own: NVFlareConfig, name: str, script: str | None):
-        self.sites, self._limit = list(own.sites), own.round_timeout
+        self.sites, self._limit, self._script = list(own.sites), own.round_timeout, script
         self._folder = tempfile.TemporaryDirectory(prefix="flora-job-")
-        place, job = Path(self._folder.name), as_job(config, own)
-        (place / SCRIPT).write_text(LOOP, encoding="utf-8")
-        (place / JOB).write_text(yaml.safe_dump(job, sort_keys=False), encoding="utf-8")
-        super().__init__(name=name, min_clients=config.min_clients, num_rounds=config.num_rounds,
-                         train_script=script or str(place / SCRIPT), aggregator=FloraAggregator(),
-                         model_persistor=FloraPersistor(job), framework=FrameworkType.NUMPY,
-                         server_expected_format=ExchangeFormat.NUMPY, key_metric="eval_accuracy")
-        self._job.set_app_packages(["flora"])                   # installed at the sites, with its native part; not carried
+        job = as_job(config, own)
+        (Path(self._folder.name) / SCRIPT).write_text(LOOP, encoding="utf-8")
+        (Path(self._folder.name) / JOB).write_text(yaml.safe_dump(job, sort_keys=False), encoding="utf-8")
+        super().__init__(name=name, min_clients=config.min_clients, num_rounds=config.num_rounds, train_script=script or SCRIPT,
+                         aggregator=FloraAggregator(), model_persistor=FloraPersistor(job), framework=FrameworkType.NUMPY,
+                         server_expected_format=ExchangeFormat.NUMPY, key_metric="")
+        self._job.set_app_packages(["flora"])                   # FedJob would copy what it can find of it
         self.add_server_output_filter(FloraFilter(), tasks=["train"])
-        if script is None or Path(script).exists():
-            self.add_client_file(str(place / JOB))
 
     def _create_controller(self, persistor_id: str, model_params: Any, model_aggregator: Any) -> FloraFedAvg:
         return FloraFedAvg(len(self.sites), self.num_rounds, model_aggregator, self._limit)
+
+    def _prepare_client_apps(self) -> None:
+        """Not with a ScriptRunner, which takes an absolute path for one at the sites and a relative one for the caller's folder."""
+        self._job.to_clients(ClientAPIExecutor("in_process", task_script_path=self.train_script,
+                                               params_exchange_format=ExchangeFormat.NUMPY,
+                                               server_expected_format=ExchangeFormat.NUMPY), tasks=["train"])
+        if self._script is None:
+            self._job.to_clients(self._folder.name)
 
 
 def flora_recipe(job: RunConfig | Mapping[str, Any] | str | Path, name: str = "flora", script: str | None = None,
                  resume: bool | None = None) -> FloraRecipe:
     """The recipe of a run: `recipe.execute(SimEnv(clients=recipe.sites))`. job: keys and values, a YAML file, or a RunConfig; keys
-    of NVFlare's part are in its section `nvflare`; name: of the job; script: of the clients (one that calls client_loop, unless
-    given); resume: in the place of nvflare.resume.
+    of NVFlare's part are in its section `nvflare`; name: of the job; script: of the clients, as of FloraRecipe (None: one that
+    calls client_loop, carried by the job); resume: in the place of nvflare.resume.
 
     Raises ConfigError, before anything is sent, for what a run of separate processes cannot have.
     """

@@ -40,9 +40,10 @@ def settings(job: str | Path | Mapping[str, Any]) -> tuple[RunConfig, NVFlareCon
     given = values.pop(SECTION, None) or {}
     kinds: dict[str, Any] = {"sites": (list, tuple), "resume": bool, "server_model": bool, "round_timeout": int}
     for name, value in given.items() if isinstance(given, Mapping) else [(SECTION, given)]:
-        if name not in kinds or not isinstance(value, kinds[name]) or (kinds[name] is int and (isinstance(value, bool) or value < 0)):
-            raise ConfigError(f"{where}: {SECTION}.{name}: expected one of {', '.join(f.name for f in fields(NVFlareConfig))}: names, "
-                              f"true or false, or whole seconds; got {value!r}")
+        number = kinds.get(name) is int
+        if not isinstance(value, kinds.get(name, ())) or (number and (isinstance(value, bool) or value < 0)):
+            raise ConfigError(f"{where}: {SECTION}.{name}: expected one of {', '.join(kinds)}: names, true or false, or whole seconds; "
+                              f"got {value!r}")
     config = parse(values, where)
     sites = tuple(given.get("sites") or (f"site-{k + 1}" for k in range(config.num_clients)))
     if len(sites) != config.num_clients or len(set(sites)) != len(sites) or not all(isinstance(s, str) and s for s in sites):
