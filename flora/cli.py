@@ -1,4 +1,4 @@
-"""The verbs: `flora run | resume | compare | verify | partition | fetch | merge | tune | doctor`; an error says what to do."""
+"""The verbs: `flora run | resume | compare | verify | partition | fetch | merge | init | tune | doctor`; an error says what to do."""
 import dataclasses
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -23,6 +23,7 @@ flora: federated LoRA fine-tuning with mixed ranks, aggregated exactly
                                               labels of clients and groups    flora partition c.yaml --groups 8 --plot labels.svg
   flora fetch [NAME ...]                      models and data by name         flora fetch smollm2-135m chitchat
   flora merge BASE ADAPTER ... --out DIR      PEFT adapters into a model      flora merge smollm2-135m alice bob --out merged
+  flora init flower DIR                       an app that runs on Flower      flora init flower app
   flora tune [--shapes OUTxIN ...]            measure kernel forms on this GPU        flora tune --shapes 4096x4096
   flora doctor                                what works here, what is missing and what that costs
 
@@ -160,6 +161,14 @@ def _merge(arguments: list[str]) -> None:
     merge(arguments)
 
 
+def _init(arguments: list[str]) -> None:
+    if len(arguments) != 2:
+        raise _Usage("expected a system and a folder: flora init flower app")
+    from flora.starter import init
+
+    print(f"{init(*arguments) / 'README.md'} says how to run it")
+
+
 def _tune(arguments: list[str]) -> None:
     from flora.tuning import main as tune
 
@@ -173,7 +182,7 @@ def _doctor(arguments: list[str]) -> None:
 
 
 VERBS = {"run": _run, "resume": _resume, "compare": _compare, "verify": _verify, "partition": _partition, "fetch": _fetch,
-         "merge": _merge, "tune": _tune, "doctor": _doctor}
+         "merge": _merge, "init": _init, "tune": _tune, "doctor": _doctor}
 
 
 def _call(arguments: list[str]) -> None:

@@ -22,7 +22,7 @@ LAYERS = [
     ["engines.scores"], ["engines.guards"], ["engines.prepare"], ["engines.hierarchy"], ["engines.traffic"],
     ["engines.measure", "engines.plan", "engines.merge_log"], ["engines.party", "engines.remote"],
     ["engines.local", "engines.flower", "engines.nvflare"], ["engines"],
-    ["integrations"], ["doctor", "tuning", "shards", "comparison", "verification", "skew"], ["cli"]]
+    ["integrations"], ["doctor", "tuning", "shards", "comparison", "verification", "skew", "starter"], ["cli"]]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PACKAGES = ("strategies", "data", "integrations", "kernels.triton")     # their own files may import each other
 LIGHT = {"torch", "numpy", "safetensors", "flora"}

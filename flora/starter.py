@@ -1,0 +1,133 @@
+"""`flora init flower DIR`: a small app of another system that runs flora, to start from."""
+import re
+from pathlib import Path
+
+from flora.errors import ConfigError
+from flora.files import staged
+
+PYPROJECT = '''\
+[project]
+name = "@name@"
+version = "0.1.0"
+description = "Federated LoRA fine-tuning with flora, on Flower"
+license = "Apache-2.0"
+dependencies = []                       # nothing is installed at a run: flora is on the nodes, pip install 'flora[flower]'
+
+[tool.flwr.app]
+publisher = "flora"
+
+[tool.flwr.app.components]
+serverapp = "flora_app:server_app"
+clientapp = "flora_app:client_app"
+
+[tool.flwr.app.config]                  # a run's keys: docs/config.md; a list is "64,16,4"
+model_name_or_path = "smollm2-135m"     # on every node: flora fetch smollm2-135m chitchat
+dataset = "chitchat"
+partition.by = "sender"
+num_clients = 4
+num_rounds = 3
+fraction_train = 1.0
+min_clients = 2                         # answers without which a round stops the run, at a checkpoint
+strategy = "flora"
+lora_r = "32,16,8,4"                    # or each node's own: --node-config 'lora-rank=8'
+lora_alpha = "2r"
+learning_rate = 5e-4
+max_steps = 8
+per_device_train_batch_size = 2
+max_length = 128
+eval_rows_per_client = 4
+server_eval_rows = 16
+seed = 0
+device = "auto"
+output_dir = "@output@"
+flower.resume = false                   # true: go on after the last whole round in output_dir
+flower.server_model = false             # true: the server evaluates, and writes the merged model
+flower.round_timeout = 3600.0
+flower.wait_seconds = 120.0
+'''
+
+APP = '''\
+"""A server and a client of flora on Flower; pyproject.toml says what they do."""
+from flora.engines.flower import client_app, server_app
+
+__all__ = ["client_app", "server_app"]
+'''
+
+README = '''\
+# @name@
+
+Federated LoRA fine-tuning with flora, on Flower. The keys of `[tool.flwr.app.config]` in pyproject.toml are those of `flora run`.
+
+```
+bash simulate.sh
+```
+
+simulates four nodes on this machine, each process with the model; `bash simulate.sh 4 --run-config 'num_rounds=1'` changes keys. What
+came of it is in @output@. It is `flwr run . --stream --federation-config 'num-supernodes=4 client-resources-num-cpus=1'` with a
+SuperLink that ends with it; alone, that command leaves one running.
+
+Nodes of a real deployment need flora (`pip install 'flora[flower]'`), the model, and each a place in the run or rows of its own:
+
+```
+flower-supernode --superlink HOST:PORT --root-certificates ca.crt --node-config 'partition-id=0 lora-rank=16 dataset="/data/mine.jsonl"'
+```
+
+flora's docs/flower.md has the rest: TLS and keys of nodes, what happens to a node that was away, how to resume.
+'''
+
+SIMULATE = '''\
+#!/usr/bin/env bash
+# Simulates the nodes of this app on this machine, and ends what it starts: bash simulate.sh [NODES [options of flwr run]]
+# PORT (39191) and the next are used; CPUS (1) are those of a node: with fewer than it has, nodes take turns.
+set -euo pipefail
+app=$(cd "$(dirname "$0")" && pwd)
+nodes=${1:-4}
+shift || true
+port=${PORT:-39191}
+home=$(mktemp -d)
+export FLWR_HOME=$home FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 RAY_USAGE_STATS_ENABLED=0
+export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
+printf '[superlink]\\ndefault = "simulation"\\n\\n[superlink.simulation]\\naddress = "127.0.0.1:%s"\\ninsecure = true\\n' "$port" \\
+    > "$home/config.toml"
+
+set -m                                  # the SuperLink and what it starts are one group
+started=()
+stop() {
+    trap - EXIT INT TERM
+    for pid in "${started[@]}"; do kill -TERM -- "-$pid" 2>/dev/null || true; done
+    sleep 2
+    for pid in "${started[@]}"; do kill -KILL -- "-$pid" 2>/dev/null || true; done
+    rm -rf "$home"
+}
+trap stop EXIT
+trap 'exit 130' INT TERM
+
+flower-superlink --insecure --simulation --port "$port" --control-api-address "127.0.0.1:$((port + 1))" > "$home/link.log" 2>&1 &
+started+=($!)
+until grep -q 'Uvicorn running\\|startup complete' "$home/link.log"; do
+    kill -0 "${started[0]}" 2>/dev/null || { cat "$home/link.log" >&2; exit 1; }
+    sleep 0.2
+done
+flwr run "$app" simulation --stream --federation-config "num-supernodes=$nodes client-resources-num-cpus=${CPUS:-1}" "$@" \\
+    > >(tee "$home/run.log") 2>&1 &
+started+=($!)
+wait $!
+sleep 0.5
+grep -q 'the run is in' "$home/run.log" || { echo "the run has failed" >&2; exit 1; }
+'''
+
+
+def init(kind: str, folder: str | Path) -> Path:
+    """Writes an app and returns its folder. kind: "flower". Raises ConfigError for another, or a folder that is not empty."""
+    if kind != "flower":
+        raise ConfigError(f"expected flower; got {kind!r}. flora init flower DIR writes an app for Flower.")
+    folder = Path(folder).expanduser().resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"expected a new or empty folder; got {folder}, which holds something. Choose another.")
+    words = {"name": re.sub(r"[^a-z0-9]+", "-", folder.name.lower()).strip("-") or "flora-app", "output": str(folder / "run")}
+    with staged(folder) as stage:
+        for name, text in (("pyproject.toml", PYPROJECT), ("flora_app.py", APP), ("README.md", README), ("simulate.sh", SIMULATE)):
+            for word, value in words.items():
+                text = text.replace(f"@{word}@", value)
+            (stage / name).write_text(text, encoding="utf-8")
+    return folder
