@@ -132,10 +132,10 @@ def spoil(kind):
     def changed(answer):
         update = from_model(answer)
         if kind == "flipped":
-            return to_model(bytes([*update[:-1], update[-1] ^ 1]), have=answer.meta["flora"]["have"])
+            return to_model(bytes([*update[:-1], update[-1] ^ 1]), {"have": answer.meta["flora"]["have"]})
         if kind == "another's name":
             one = decode(update)
-            return to_model(encode(flora.Update(one.adapters, 5, {}, one.base_version, "client-0")), have=0)
+            return to_model(encode(flora.Update(one.adapters, 5, {}, one.base_version, "client-0")), {"have": 0})
         if kind == "a float array":
             return FLModel(params={"flora": np.zeros(9, np.float32)}, meta={"flora": {"have": 0}})
         if kind == "other arrays":
@@ -238,11 +238,11 @@ def test_messages_are_made_for_each_client_and_the_shared_one_stays(place, tmp_p
 
 def test_a_model_of_nvflare_gives_the_same_bytes():
     data = bytes(range(256))
-    assert from_model(to_model(data)) == data
-    assert came_of(to_model(data, have=2, metrics={"seconds": 1.0, "name": "x"})).metrics == {"seconds": 1.0}
-    assert came_of(to_model(b"", have=2, behind=True)).update is None
+    assert from_model(to_model(data, {})) == data
+    assert came_of(to_model(data, {"have": 2, "metrics": {"seconds": 1.0, "name": "x"}})).metrics == {"seconds": 1.0}
+    assert came_of(to_model(b"", {"have": 2, "behind": True})).update is None
     with pytest.raises(MessageError, match="its disk is full"):
-        came_of(to_model(b"\0", error="its disk is full"))
+        came_of(to_model(b"", {"error": "its disk is full"}))
 
 
 def test_settings_say_what_was_expected(place, tmp_path):

@@ -59,9 +59,10 @@ def answer_of(train: Callable[[bytes, int, int, bool], Answer], model: FLModel) 
         raise MessageError(f"expected {', '.join(wrong)} in the meta of a message; got {str(dict(told))[:200]}. Make the job with "
                            "flora_recipe, whose filter says them.")
     answer = train(from_model(model), told["needed"], told["rank"], told["measured"])
-    return to_model(answer.update or b"", have=answer.have, behind=answer.update is None, metrics=dict(answer.metrics))
+    told = {"have": answer.have, "behind": answer.update is None, "metrics": dict(answer.metrics)}
+    return to_model(answer.update or b"", told)
 
 
 def refusal(reason: str) -> FLModel:
-    """An answer without an update. Its array is not empty, as NVFlare drops a result without parameters before anyone sees why."""
-    return to_model(b"\0", error=reason)
+    """An answer without an update."""
+    return to_model(b"", {"error": reason})

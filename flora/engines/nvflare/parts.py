@@ -67,8 +67,8 @@ def persistor_of(fl_ctx: FLContext) -> FloraPersistor:
     """The persistor of this job. Raises RunError for a job that has another."""
     found = fl_ctx.get_engine().get_component(PERSISTOR)
     if not isinstance(found, FloraPersistor):
-        raise RunError(f"expected a FloraPersistor as the job's component {PERSISTOR}; got {type(found).__name__}. Make the job with "
-                       "flora_recipe.")
+        raise RunError(f"expected a FloraPersistor as the job's component {PERSISTOR}; got {type(found).__name__}. Make the job "
+                       "with flora_recipe.")
     return found
 
 
@@ -129,9 +129,8 @@ class FloraFilter(Filter):
         try:
             data = run.message(name, persistor.behind.pop(name, None))
         except StrategyError as error:
-            return to_model(b"", error=str(error))
-        return to_model(data, run=run.server.broadcast.run, needed=run.server.changed, round=run.number, rank=run.rank(name),
-                        measured=run.measured)
+            return to_model(b"", {"error": str(error)})
+        return to_model(data, {"needed": run.server.changed, "rank": run.rank(name), "measured": run.measured})
 
 
 class FloraFedAvg(FedAvg):

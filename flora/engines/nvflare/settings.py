@@ -42,8 +42,8 @@ def settings(job: str | Path | Mapping[str, Any]) -> tuple[RunConfig, NVFlareCon
     for name, value in given.items() if isinstance(given, Mapping) else [(SECTION, given)]:
         number = kinds.get(name) is int
         if not isinstance(value, kinds.get(name, ())) or (number and (isinstance(value, bool) or value < 0)):
-            raise ConfigError(f"{where}: {SECTION}.{name}: expected one of {', '.join(kinds)}: names, true or false, or whole seconds; "
-                              f"got {value!r}")
+            raise ConfigError(f"{where}: {SECTION}.{name}: expected one of {', '.join(kinds)}: names, true or false, or whole "
+                              f"seconds; got {value!r}")
     config = parse(values, where)
     sites = tuple(given.get("sites") or (f"site-{k + 1}" for k in range(config.num_clients)))
     if len(sites) != config.num_clients or len(set(sites)) != len(sites) or not all(isinstance(s, str) and s for s in sites):
@@ -58,9 +58,10 @@ def as_job(config: RunConfig, own: NVFlareConfig) -> dict[str, Any]:
             SECTION: {f.name: getattr(own, f.name) for f in fields(own)} | {"sites": list(own.sites)}}
 
 
-def to_model(data: bytes, **told: Any) -> FLModel:
-    """A message of flora as a model of NVFlare. told: what the meta says of it."""
-    return FLModel(params={KEY: np.frombuffer(data, np.uint8)}, meta={KEY: told})
+def to_model(data: bytes, told: Mapping[str, Any]) -> FLModel:
+    """A message of flora as a model of NVFlare. told: what the meta says of it. A message of no bytes is one, as NVFlare drops a
+    result without parameters before anyone sees why."""
+    return FLModel(params={KEY: np.frombuffer(data or b"\0", np.uint8)}, meta={KEY: dict(told)})
 
 
 def told_of(model: FLModel) -> Mapping[str, Any]:
