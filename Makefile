@@ -1,6 +1,7 @@
 # Every target sets up what it needs: a virtual environment in .venv with the tested versions of constraints.txt.
 #   make demo     fine-tune SmolLM2-135M over eight clients of ranks 64 to 4 (downloads about 100 MB once)
 #   make test     all tests        make check   lint        make bench   benchmarks of this machine
+#   make test-engines   flora on Flower and NVFlare, in .venv-engines (500 MB with Ray)
 #   make gpu      tests and benchmarks of a GPU (PY=python3 takes an environment that exists)
 #   make soak     50 kills, a fault at every write, 500 rounds with clients that die (20 minutes)
 #   make fuzz     messages from strangers, by a coverage-guided fuzzer (FUZZ="-runs=200000"; a find is written to the folder)
@@ -14,7 +15,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: install check test soak fuzz demo bench gpu aot docs clean
+.PHONY: install check test test-engines soak fuzz demo bench gpu aot docs clean
 install: $(STAMP)
 
 $(VENV)/.torch: constraints.txt
@@ -39,6 +40,17 @@ test: install
 
 soak: install
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/soak -m soak -s
+
+# Flower pins versions that others do not want: an environment of its own, over what .venv has.
+ENGINES := .venv-engines
+$(ENGINES)/.installed: $(STAMP)
+	test -x $(ENGINES)/bin/python || $(PY) -m venv $(ENGINES)
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(ENGINES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/over.pth"
+	$(ENGINES)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt 'flwr[simulation]>=1.41,<1.43' 'nvflare>=2.9'
+	@touch $@
+
+test-engines: $(ENGINES)/.installed
+	PYTHONPATH=. $(ENGINES)/bin/python -m pytest tests/engines
 
 demo: install
 	$(VENV)/bin/flora run flora/demo.yaml --overwrite
@@ -71,4 +83,4 @@ docs: install
 	$(PY) -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) build site *.egg-info flora/*.so
+	rm -rf $(VENV) $(ENGINES) build site *.egg-info flora/*.so

@@ -1,4 +1,4 @@
-"""The verbs: `flora run | resume | compare | verify | partition | fetch | merge | init | tune | doctor`; an error says what to do."""
+"""The verbs: `flora run | resume | compare | verify | partition | fetch | merge | init | tune | doctor`; errors say what to do."""
 import dataclasses
 import sys
 from typing import TYPE_CHECKING, Annotated

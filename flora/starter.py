@@ -62,14 +62,15 @@ Federated LoRA fine-tuning with flora, on Flower. The keys of `[tool.flwr.app.co
 bash simulate.sh
 ```
 
-simulates four nodes on this machine, each process with the model; `bash simulate.sh 4 --run-config 'num_rounds=1'` changes keys. What
-came of it is in @output@. It is `flwr run . --stream --federation-config 'num-supernodes=4 client-resources-num-cpus=1'` with a
-SuperLink that ends with it; alone, that command leaves one running.
+simulates four nodes on this machine, each process with the model; `bash simulate.sh 4 --run-config 'num_rounds=1'` changes keys.
+What came of it is in @output@. It is `flwr run . --stream --federation-config 'num-supernodes=4 client-resources-num-cpus=1'`
+with a SuperLink that ends with it; alone, that command leaves one running.
 
 Nodes of a real deployment need flora (`pip install 'flora[flower]'`), the model, and each a place in the run or rows of its own:
 
 ```
-flower-supernode --superlink HOST:PORT --root-certificates ca.crt --node-config 'partition-id=0 lora-rank=16 dataset="/data/mine.jsonl"'
+flower-supernode --superlink HOST:PORT --root-certificates ca.crt \\
+    --node-config 'partition-id=0 lora-rank=16 dataset="/data/mine.jsonl"'
 ```
 
 flora's docs/flower.md has the rest: TLS and keys of nodes, what happens to a node that was away, how to resume.
@@ -78,7 +79,7 @@ flora's docs/flower.md has the rest: TLS and keys of nodes, what happens to a no
 SIMULATE = '''\
 #!/usr/bin/env bash
 # Simulates the nodes of this app on this machine, and ends what it starts: bash simulate.sh [NODES [options of flwr run]]
-# PORT (39191) and the next are used; CPUS (1) are those of a node: with fewer than it has, nodes take turns.
+# PORT (39191) is used; CPUS (1) are those of a node: with fewer than it has, nodes take turns.
 set -euo pipefail
 app=$(cd "$(dirname "$0")" && pwd)
 nodes=${1:-4}
@@ -90,19 +91,25 @@ export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
 printf '[superlink]\\ndefault = "simulation"\\n\\n[superlink.simulation]\\naddress = "127.0.0.1:%s"\\ninsecure = true\\n' "$port" \\
     > "$home/config.toml"
 
-set -m                                  # the SuperLink and what it starts are one group
 started=()
-stop() {
+tree() { local child; for child in $(pgrep -P "$1"); do echo "$child"; tree "$child"; done; }
+stop() {                                    # what was started, and what that has started, by process id
     trap - EXIT INT TERM
-    for pid in "${started[@]}"; do kill -TERM -- "-$pid" 2>/dev/null || true; done
-    sleep 2
-    for pid in "${started[@]}"; do kill -KILL -- "-$pid" 2>/dev/null || true; done
+    local pid all alive
+    all=$(for pid in "${started[@]}"; do echo "$pid"; tree "$pid"; done)
+    kill -TERM "${started[@]}" 2>/dev/null || true
+    for _ in $(seq 60); do
+        alive=$(for pid in $all; do if kill -0 "$pid" 2>/dev/null; then echo "$pid"; fi; done)
+        [ -z "$alive" ] && break
+        sleep 0.2
+    done
+    for pid in $alive; do kill -KILL "$pid" 2>/dev/null || true; done
     rm -rf "$home"
 }
 trap stop EXIT
 trap 'exit 130' INT TERM
 
-flower-superlink --insecure --simulation --port "$port" --control-api-address "127.0.0.1:$((port + 1))" > "$home/link.log" 2>&1 &
+flower-superlink --insecure --simulation --port "$port" > "$home/link.log" 2>&1 &
 started+=($!)
 until grep -q 'Uvicorn running\\|startup complete' "$home/link.log"; do
     kill -0 "${started[0]}" 2>/dev/null || { cat "$home/link.log" >&2; exit 1; }

@@ -123,7 +123,8 @@ def test_a_server_with_the_model_measures_what_the_local_engine_does(place, tmp_
     monkeypatch.setattr(cohort, "MOST_CLIENTS", 1)
     local = locally(values, tmp_path / "local")
     names = ("eval_loss", "eval_accuracy", "eval_loss_before", "eval_loss_after", "loss", "rank", "num_examples", "client")
-    rows = [[{name: row[name] for name in names if row.get(name) is not None} for row in read_metrics(folder)] for folder in (tmp_path / "flower", local)]
+    rows = [[{name: row[name] for name in names if row.get(name) is not None} for row in read_metrics(folder)]
+            for folder in (tmp_path / "flower", local)]
     assert len(rows[0]) == len(rows[1]) == 11 and rows[0][-1]["eval_loss"] < rows[0][0]["eval_loss"]
     assert all(one == pytest.approx(other, rel=1e-6) for one, other in zip(*rows, strict=True))     # clients evaluate in a batch
     assert (tmp_path / "flower/model/model.safetensors").read_bytes() == (local / "model/model.safetensors").read_bytes()

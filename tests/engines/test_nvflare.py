@@ -250,7 +250,7 @@ def test_settings_say_what_was_expected(place, tmp_path):
     config, own = settings({**values, "nvflare": {"sites": ["a", "b", "c", "d"], "round_timeout": 60}})
     assert own == NVFlareConfig(("a", "b", "c", "d"), round_timeout=60) and settings(as_job(config, own)) == (config, own)
     for given, reason in (({"sites": ["a", "a", "b", "c"]}, "none twice"), ({"sites": ["a"]}, "expected 4 names"),
-                          ({"round_timeout": True}, "seconds; got True"), ({"site": []}, "nvflare.site: expected one of sites")):
+                          ({"round_timeout": True}, "or false; got True"), ({"min_sites": -1}, "got -1"), ({"site": []}, "nvflare.site: expected one of sites")):
         with pytest.raises(ConfigError, match=reason):
             settings({**values, "nvflare": given})
     with pytest.raises(ConfigError, match="groups: expected a setting that clients in processes of their own can have"):

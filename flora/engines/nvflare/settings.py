@@ -22,6 +22,8 @@ class NVFlareConfig:
     """What NVFlare adds to a run: keys of the section `nvflare` of its config."""
     sites: tuple[str, ...] = ()
     """The site of each client, in the run's order; site-1, site-2, ... where left out."""
+    min_sites: int = 0
+    """Sites that must be connected before the job begins; 0: all."""
     resume: bool = False
     """Go on after the last whole round of the run in output_dir."""
     server_model: bool = False
@@ -38,12 +40,12 @@ def settings(job: str | Path | Mapping[str, Any]) -> tuple[RunConfig, NVFlareCon
     where = "the job" if isinstance(job, Mapping) else str(job)
     values = dict(job) if isinstance(job, Mapping) else load(job)
     given = values.pop(SECTION, None) or {}
-    kinds: dict[str, Any] = {"sites": (list, tuple), "resume": bool, "server_model": bool, "round_timeout": int}
+    kinds: dict[str, Any] = {"sites": (list, tuple), "min_sites": int, "resume": bool, "server_model": bool, "round_timeout": int}
     for name, value in given.items() if isinstance(given, Mapping) else [(SECTION, given)]:
-        number = kinds.get(name) is int
+        number = kinds.get(name) is int                         # of which a bool is one
         if not isinstance(value, kinds.get(name, ())) or (number and (isinstance(value, bool) or value < 0)):
-            raise ConfigError(f"{where}: {SECTION}.{name}: expected one of {', '.join(kinds)}: names, true or false, or whole "
-                              f"seconds; got {value!r}")
+            raise ConfigError(f"{where}: {SECTION}.{name}: expected one of {', '.join(kinds)}: names, whole numbers, or true "
+                              f"or false; got {value!r}")
     config = parse(values, where)
     sites = tuple(given.get("sites") or (f"site-{k + 1}" for k in range(config.num_clients)))
     if len(sites) != config.num_clients or len(set(sites)) != len(sites) or not all(isinstance(s, str) and s for s in sites):
