@@ -163,8 +163,9 @@ def test_a_wrong_client_is_refused_alone_and_the_others_weigh_more(place, tmp_pa
 
 
 def test_a_site_that_says_nothing_or_is_not_there_is_named(place, tmp_path):
-    on_nvflare(keys(place, tmp_path / "nvflare", num_rounds=1), lambda site, number, answer: None if site == "site-1" else answer,
-               present=["site-1", "site-2", "site-3"])
+    job = on_nvflare(keys(place, tmp_path / "nvflare", num_rounds=1), present=["site-1", "site-2", "site-3"],
+                     changed=lambda site, number, answer: None if site == "site-1" else answer)
+    assert [site for site, *_ in job.sent] == ["site-3", "site-2"]              # and site-4 was sent nothing
     assert failures(tmp_path / "nvflare") == {(0, "client-0"): "its site has sent no answer",
                                               (0, "client-3"): "its site site-4 does not take part in this job"}
 
@@ -249,8 +250,9 @@ def test_settings_say_what_was_expected(place, tmp_path):
     values = keys(place, tmp_path)
     config, own = settings({**values, "nvflare": {"sites": ["a", "b", "c", "d"], "round_timeout": 60}})
     assert own == NVFlareConfig(("a", "b", "c", "d"), round_timeout=60) and settings(as_job(config, own)) == (config, own)
-    for given, reason in (({"sites": ["a", "a", "b", "c"]}, "none twice"), ({"sites": ["a"]}, "expected 4 names"),
-                          ({"round_timeout": True}, "or false; got True"), ({"min_sites": -1}, "got -1"), ({"site": []}, "nvflare.site: expected one of sites")):
+    wrong = [({"sites": ["a", "a", "b", "c"]}, "none twice"), ({"sites": ["a"]}, "expected 4 names"), ({"min_sites": -1}, "got -1"),
+             ({"round_timeout": True}, "or false; got True"), ({"site": []}, "nvflare.site: expected one of sites")]
+    for given, reason in wrong:
         with pytest.raises(ConfigError, match=reason):
             settings({**values, "nvflare": given})
     with pytest.raises(ConfigError, match="groups: expected a setting that clients in processes of their own can have"):

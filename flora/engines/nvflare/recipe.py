@@ -42,9 +42,9 @@ class FloraRecipe(FedAvgRecipe):
         job = as_job(config, own)
         (Path(self._folder.name) / SCRIPT).write_text(LOOP, encoding="utf-8")
         (Path(self._folder.name) / JOB).write_text(yaml.safe_dump(job, sort_keys=False), encoding="utf-8")
-        super().__init__(name=name, min_clients=own.min_sites or len(own.sites), num_rounds=config.num_rounds, train_script=script or SCRIPT,
-                         aggregator=FloraAggregator(), model_persistor=FloraPersistor(job), framework=FrameworkType.NUMPY,
-                         server_expected_format=ExchangeFormat.NUMPY, key_metric="")
+        super().__init__(name=name, min_clients=own.min_sites or len(own.sites), num_rounds=config.num_rounds,
+                         train_script=script or SCRIPT, aggregator=FloraAggregator(), model_persistor=FloraPersistor(job),
+                         framework=FrameworkType.NUMPY, server_expected_format=ExchangeFormat.NUMPY, key_metric="")
         self._job.set_app_packages(["flora"])                   # FedJob would copy what it can find of it
         self.add_server_output_filter(FloraFilter(), tasks=["train"])
 

@@ -61,9 +61,8 @@ def as_job(config: RunConfig, own: NVFlareConfig) -> dict[str, Any]:
 
 
 def to_model(data: bytes, told: Mapping[str, Any]) -> FLModel:
-    """A message of flora as a model of NVFlare. told: what the meta says of it. A message of no bytes is one, as NVFlare drops a
-    result without parameters before anyone sees why."""
-    return FLModel(params={KEY: np.frombuffer(data or b"\0", np.uint8)}, meta={KEY: dict(told)})
+    """A message of flora as a model of NVFlare. told: what the meta says of it."""
+    return FLModel(params={KEY: np.frombuffer(data, np.uint8)}, meta={KEY: dict(told)})
 
 
 def told_of(model: FLModel) -> Mapping[str, Any]:
