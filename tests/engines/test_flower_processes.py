@@ -12,9 +12,10 @@ from tiny import ROOT
 
 pytest.importorskip("flwr", reason="flwr is not installed, so not tested: Flower's processes. `make test-engines` tests them")
 
-from test_flower import bits, settings
+from flower_runs import bits
 
 from flora.cli import main
+from flora.engines.flower.records import settings
 from flora.errors import ConfigError
 from flora.formats import load_peft
 from flora.report import read_metrics

@@ -11,6 +11,8 @@ import flora
 from flora import cohort
 from flora.report import read_metrics
 
+pytestmark = pytest.mark.slow
+
 JOB = """
 import sys
 from nvflare.recipe.sim_env import SimEnv
