@@ -1,7 +1,7 @@
 # Every target sets up what it needs: a virtual environment in .venv with the tested versions of constraints.txt.
 #   make demo     fine-tune SmolLM2-135M over eight clients of ranks 64 to 4 (downloads about 100 MB once)
 #   make test     all tests        make check   lint        make bench   benchmarks of this machine
-#   make test-engines   flora on Flower and NVFlare, in .venv-engines (500 MB with Ray); ENGINE_TESTS='-m "not slow"': without processes
+#   make test-engines   flora on Flower, NVFlare, in .venv-engines (500 MB with Ray); ENGINE_TESTS='-m "not slow"': no processes
 #   make gpu      tests and benchmarks of a GPU (PY=python3 takes an environment that exists)
 #   make soak     50 kills, a fault at every write, 500 rounds with clients that die (20 minutes)
 #   make fuzz     messages from strangers, by a coverage-guided fuzzer (FUZZ="-runs=200000"; a find is written to the folder)

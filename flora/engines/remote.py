@@ -226,7 +226,12 @@ class RemoteRun:
                     save_peft(concatenated(parts), folder, self.config.model_name_or_path)
                 where = self.folder.path / "adapter"
         self.folder.mark("finished", self.number)
+        self.leave()
         return where
+
+    def leave(self) -> None:
+        """Lets go of the folder, so that another process, or a run in this one, may go on with it. Twice does no harm."""
+        self.folder.__exit__()
 
 
 def refuse(config: RunConfig) -> None:

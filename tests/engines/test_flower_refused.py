@@ -1,5 +1,4 @@
 """What one client of a run on Flower sends wrong costs that client its round, and nobody else."""
-import math
 import re
 from dataclasses import replace
 
@@ -9,6 +8,7 @@ pytest.importorskip("flwr", reason="flwr is not installed, so not tested: the Fl
 
 from flower_runs import NODES, adapters, failures, keys, on_flower
 from flwr.app import Array, ArrayRecord
+from forge import NOT_FINITE, join, split
 
 import flora
 from flora.engines.flower.records import from_arrays, to_arrays
@@ -31,13 +31,14 @@ def hostile(case, update, given):
     layer = next(iter(update.adapters))
     a = update.adapters[layer]
     whole = encode(update)
+    header, fields, body = split(whole)
     cases = {
         "key": lambda: encode(replace(update, adapters={"lm_head.q_proj": a})),
         "shape": lambda: encode(replace(update, adapters={**update.adapters, layer: flora.Adapter(a.A[:, 1:], a.B, a.scale)})),
         "dtype": lambda: whole.replace(b'"F32"', b'"I32"'),
         "version": lambda: encode(replace(update, base_version=update.base_version + 1)),
         "rank": lambda: encode(replace(update, adapters={**update.adapters, layer: flora.pad(a, 9)})),
-        "nan": lambda: encode(replace(update, adapters={**update.adapters, layer: flora.Adapter(a.A * math.nan, a.B, a.scale)})),
+        "nan": lambda: join(header, fields, bytes.fromhex(NOT_FINITE["F32"][2]) + body[4:]),      # encode refuses to
         "other": lambda: encode(replace(update, client="client-1")),
         "oversized": lambda: whole + b"\0" * (20 << 20),
         "truncated": lambda: whole[:-100], "empty": lambda: b"", "text": lambda: b"hello, world"}

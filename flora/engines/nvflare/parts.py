@@ -60,7 +60,7 @@ class FloraPersistor(ModelPersistor):
         if event_type == EventType.END_RUN and self.run is not None:
             if not self.run.done:
                 self.run.folder.stopped("failed")
-            self.run.folder.__exit__()
+            self.run.leave()
 
 
 def persistor_of(fl_ctx: FLContext) -> FloraPersistor:
