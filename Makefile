@@ -1,7 +1,7 @@
 # Every target sets up what it needs: a virtual environment in .venv with the tested versions of constraints.txt.
 #   make demo     fine-tune SmolLM2-135M over eight clients of ranks 64 to 4 (downloads about 100 MB once)
 #   make test     all tests        make check   lint        make bench   benchmarks of this machine
-#   make test-engines   flora on Flower, in .venv-engines (500 MB with Ray); ENGINE_TESTS='-m "not slow"': without its processes
+#   make test-engines   flora on Flower, NVFlare, in .venv-engines (500 MB with Ray); ENGINE_TESTS='-m "not slow"': no processes
 #   make gpu      tests and benchmarks of a GPU (PY=python3 takes an environment that exists)
 #   make soak     50 kills, a fault at every write, 500 rounds with clients that die (20 minutes)
 #   make fuzz     messages from strangers, by a coverage-guided fuzzer (FUZZ="-runs=200000"; a find is written to the folder)
@@ -46,7 +46,7 @@ ENGINES := .venv-engines
 $(ENGINES)/.installed: $(STAMP)
 	test -x $(ENGINES)/bin/python || $(PY) -m venv $(ENGINES)
 	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(ENGINES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/over.pth"
-	$(ENGINES)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt 'flwr[simulation]>=1.41,<1.43'
+	$(ENGINES)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt 'flwr[simulation]>=1.41,<1.43' 'nvflare>=2.9'
 	@touch $@
 
 test-engines: $(ENGINES)/.installed

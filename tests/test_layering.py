@@ -28,7 +28,8 @@ PACKAGES = ("strategies", "data", "integrations", "kernels.triton")     # their 
 LIGHT = {"torch", "numpy", "safetensors", "flora"}
 HEAVY_ALLOWED = {"config": {"pydantic", "yaml"}, "sections": {"pydantic"}, "report": {"rich"}, "doctor": {"rich"},
                  "engines.local": {"rich", "yaml"}, "engines.plan": {"rich"},
-                 "engines.remote": {"yaml"}, "engines.flower": {"flwr", "yaml"}, "kernels.triton": {"triton"}, "shards": {"rich"},
+                 "engines.remote": {"yaml"}, "engines.flower": {"flwr", "yaml"}, "engines.nvflare": {"nvflare", "yaml"},
+                 "kernels.triton": {"triton"}, "shards": {"rich"},
                  "tables": {"rich"}, "comparison": {"rich", "yaml"}, "verification": {"rich"}, "skew": {"rich"},
                  "integrations": {"peft"}}
 

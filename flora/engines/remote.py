@@ -39,7 +39,7 @@ from flora.strategies import strategy_named
 from flora.versions import bring_to, resume_at, write_into
 
 LOCAL_ONLY = ("groups", "fleet", "optimizer_state", "over_sampling", "late", "communication_budget_mb", "round_deadline",
-              "privacy", "secure_aggregation")
+              "secure_aggregation", "privacy")
 HEADERS = 1 << 24                                               # bytes of a message beside its numbers
 
 
@@ -114,7 +114,9 @@ class RemoteRun:
             accumulate(self.model, resumed.beside)
             residuals(self.model).update(resumed.residuals)
             resume_at(self.model, due.run, due.version, merged=resumed.base is not None)
-        self.folder.begin(yaml.safe_dump(config.model_dump(exclude={"overwrite"}), sort_keys=False), environment(), self.number)
+        self.folder.begin(yaml.safe_dump(config.model_dump(exclude={"overwrite"}), sort_keys=False), environment(),
+                          self.number)
+        self.folder.mark("running", self.number)
         self.report = Report(self.folder.path, config.num_rounds, self.number, quiet=True)
         if not resumed:
             self._checkpoint()
@@ -168,7 +170,6 @@ class RemoteRun:
             self.report.add({"kind": "failure", "round": number, "client": name, "reason": reason})
         if short:
             self.folder.mark("failed", number)
-            self.folder.__exit__()
             raise RunError(f"round {number}: {short}. {_said(left_out)} Go on from the checkpoint in {self.folder.path} (resume).")
         seconds["aggregate"] = time.perf_counter() - began
         return self._closed(updates, {name: len(came.update) for name, came in arrived.items()}, seconds)
@@ -227,8 +228,12 @@ class RemoteRun:
                     save_peft(concatenated(parts), folder, self.config.model_name_or_path)
                 where = self.folder.path / "adapter"
         self.folder.mark("finished", self.number)
-        self.folder.__exit__()
+        self.leave()
         return where
+
+    def leave(self) -> None:
+        """Lets go of the folder, so that another process, or a run in this one, may go on with it. Twice does no harm."""
+        self.folder.__exit__()
 
 
 def refuse(config: RunConfig) -> None:
@@ -247,8 +252,7 @@ def refuse(config: RunConfig) -> None:
 
 
 def trusted(trust: Trust, clients: Sequence[LocalClient], shapes: Mapping[str, tuple[int, int]]) -> Trust:
-    """This trust, with limits where it has none: no message larger than an update of the largest rank, or of whole weights, in
-    fp32."""
+    """This trust, with limits: no message larger than an update of the largest rank, or of whole weights, in fp32."""
     rank = max(client.rank for client in clients)
     numbers = sum(max(rank * (out + inn + 1), out * inn) for out, inn in shapes.values())
     return replace(trust, limits=trust.limits or Limits(max_bytes=4 * numbers + HEADERS, max_header_bytes=HEADERS, max_rank=rank))

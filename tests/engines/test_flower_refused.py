@@ -8,7 +8,7 @@ pytest.importorskip("flwr", reason="flwr is not installed, so not tested: the Fl
 
 from flower_runs import NODES, adapters, failures, keys, on_flower
 from flwr.app import Array, ArrayRecord
-from forge import join, split
+from forge import NOT_FINITE, join, split
 
 import flora
 from flora.engines.flower.records import from_arrays, to_arrays
@@ -26,25 +26,19 @@ def reply_with(message, data, **config):
     return message
 
 
-def not_finite(whole):
-    """The message with a NaN in the place of its first number, signed again: encode makes none."""
-    header, fields, body = split(whole)
-    table = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    return join(table, fields, bytes.fromhex("0000c07f") + body[4:])
-
-
 def hostile(case, update, given):
     """What a client sends in the place of an honest update."""
     layer = next(iter(update.adapters))
     a = update.adapters[layer]
     whole = encode(update)
+    header, fields, body = split(whole)
     cases = {
         "key": lambda: encode(replace(update, adapters={"lm_head.q_proj": a})),
         "shape": lambda: encode(replace(update, adapters={**update.adapters, layer: flora.Adapter(a.A[:, 1:], a.B, a.scale)})),
         "dtype": lambda: whole.replace(b'"F32"', b'"I32"'),
         "version": lambda: encode(replace(update, base_version=update.base_version + 1)),
         "rank": lambda: encode(replace(update, adapters={**update.adapters, layer: flora.pad(a, 9)})),
-        "nan": lambda: not_finite(whole),
+        "nan": lambda: join(header, fields, bytes.fromhex(NOT_FINITE["F32"][2]) + body[4:]),      # encode refuses to
         "other": lambda: encode(replace(update, client="client-1")),
         "oversized": lambda: whole + b"\0" * (20 << 20),
         "truncated": lambda: whole[:-100], "empty": lambda: b"", "text": lambda: b"hello, world"}

@@ -46,6 +46,7 @@ class FloraStrategy(Strategy):
             if self._opened:
                 with contextlib.suppress(Exception):            # the disk may be full; the first error is the one to show
                     self.round.folder.mark("failed", self.round.number)
+            self.round.leave()
             raise
         where = self.round.finish()
         log.info("the run is in %s, its result in %s", self.round.folder.path, where)
