@@ -107,6 +107,7 @@ def test_a_resumed_server_knows_what_was_merged_before_it(place, tmp_path):
         one_round(remote, clients)
     with pytest.raises(RunError, match=r"at least 1 clients \(min_clients\); got 0. client-0: was not asked"):
         one_round(remote, clients, skip=["client-0", "client-1", "client-2"])
+    remote.leave()
     fresh = parties(run, place, tmp_path / "new-disks")
     again = opened(run, fresh, resume=True)
     assert again.number == 2 and RunFolder(tmp_path / "remote", resume=True).state()["state"] == "running"
