@@ -28,6 +28,15 @@ PRIVATE = {"strategy": "ffa", "weighting": "uniform",
            "privacy": {"level": "example", "clip": 1.0, "noise_multiplier": 1.0, "delta": 1e-3}}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As torchrun's processes have it: sums on more threads have other last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def torchrun(*arguments, timeout=240):
     return python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments, timeout=timeout)
 
