@@ -65,6 +65,15 @@ def test_a_server_with_the_model_measures_what_the_local_engine_does(place, tmp_
     assert (tmp_path / "flower/model/model.safetensors").read_bytes() == (local / "model/model.safetensors").read_bytes()
 
 
+def test_full_fine_tuning_sends_weights_and_ends_with_the_same_ones(place, tmp_path, monkeypatch):
+    values = keys(place, tmp_path / "flower", strategy="full", lora_alpha="2r", **{"flower.server_model": True})
+    _, grid = on_flower(values)
+    monkeypatch.setattr(cohort, "MOST_CLIENTS", 1)
+    local = locally(values, tmp_path / "local")
+    assert (tmp_path / "flower/model/model.safetensors").read_bytes() == (local / "model/model.safetensors").read_bytes()
+    assert failures(tmp_path / "flower") == {} and len([kind for _, kind, _ in grid.sent if kind == "train"]) == 8
+
+
 def test_a_server_without_a_model_gives_the_sum_of_all_updates(place, tmp_path):
     on_flower(keys(place, tmp_path / "flower"))
     total = load_peft(tmp_path / "flower/adapter")
