@@ -71,6 +71,12 @@ def is_pattern(command: str) -> bool:
     return bool(PLACEHOLDER.search(command))
 
 
+def source(module: str) -> Path:
+    """The file of a module of ours."""
+    path = ROOT.joinpath(*module.split("."))
+    return path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
+
+
 def imported(block: Block) -> list[tuple[str, str]]:
     """(module of ours, name) of every `from flora... import name` of a Python block."""
     return [(node.module, alias.name) for node in ast.walk(ast.parse(block.code))
@@ -81,10 +87,8 @@ def defined(module: str) -> set[str]:
     """The names that a module of ours has at its top level, read and not imported (flora itself is light, and lazy)."""
     if module == "flora":
         return set(dir(flora))
-    path = ROOT.joinpath(*module.split("."))
-    file = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
-    names = {one.stem for one in path.glob("*.py")}
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+    names = {one.stem for one in ROOT.joinpath(*module.split(".")).glob("*.py")}
+    for node in ast.parse(source(module).read_text(encoding="utf-8")).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names.add(node.name)
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
