@@ -10,7 +10,7 @@ import torch
 import yaml
 from oracles import adapter
 from rounds import updates_of
-from tiny import TARGETS, WORDS, llama, save_model, token_rows, write_rows
+from tiny import ROOT, TARGETS, WORDS, llama, save_model, token_rows, write_rows
 
 import flora
 from flora.data.fetch import SOURCES
@@ -120,10 +120,24 @@ def finished(place: Path) -> dict:
     return {}
 
 
+def demo(place: Path) -> dict:
+    """The demo's folder, of fewer steps and blocks, and what `flora export` makes of it."""
+    from flora.config import load
+    from flora.exporting import export
+
+    changes = {"max_steps": 1, "max_length": 24, "server_eval_rows": 8, "eval_rows_per_client": 2, "quiet": True, "device": "cpu"}
+    export(flora.run({**load(ROOT / "flora" / "demo.yaml"), **changes}), "demo-model")
+    return {}
+
+
+def own_loop(place: Path) -> dict:
+    return {"model": llama(), "ann_rows": token_rows(9), "bob_rows": token_rows(9, 1)}
+
+
 def secure(place: Path) -> dict:
     return {"updates": updates_of([4, 2, 2, 1, 3, 2]), "shapes": SHAPES}
 
 
-SETUPS = {"cohort": cohort, "compare": finished, "kernels": operators,
+SETUPS = {"cohort": cohort, "compare": finished, "own-loop": own_loop, "tutorial-demo": demo, "kernels": operators,
           "merge": merges, "hierarchical": hierarchical, "fleet": devices, "peft": peft,
           "security-privacy": private, "security-sketch": secure}
