@@ -13,6 +13,7 @@ from tiny import ROOT
 
 from flora.cli import USAGE, VERBS, main
 from flora.config import RunConfig, parse
+from flora.strategies import STRATEGIES
 
 ALL = [block for page in PAGES for block in blocks(page)]
 RUN = [page for page in PAGES if any(b.kind == "python" and not b.why for b in blocks(page))]
@@ -42,7 +43,10 @@ def reader(written, tmp_path, monkeypatch):
     monkeypatch.setenv("FLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    before = dict(STRATEGIES)
+    yield tmp_path
+    STRATEGIES.clear()                                          # a page adds one
+    STRATEGIES.update(before)
 
 
 def name(page: Path) -> str:
@@ -137,6 +141,14 @@ def test_files_verbs_and_targets_that_a_page_names_exist(page):
     named = re.findall(r"(?<![\w/.])((?:flora|csrc|examples|benchmarks|tests|docs|dev)/[\w./-]*\w)", text)
     named += [one.replace(".", "/") + ".py" for one in re.findall(r"python -m (benchmarks\.[\w.]*\w)", text)]
     assert sorted({one for one in named if not exists(one)}) == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem.startswith("extend-")], ids=name)
+def test_the_names_that_a_guide_for_changes_uses_are_in_the_code(page):
+    code = " ".join(path.read_text(encoding="utf-8") for folder in ("flora", "csrc", "tests") for path in (ROOT / folder).rglob("*.*")
+                    if path.suffix in (".py", ".cpp", ".h"))
+    named = set(re.findall(r"`([A-Za-z_]\w*[_A-Z]\w*|[a-z]+)`", page.read_text(encoding="utf-8")))
+    assert len(named) > 10 and sorted(one for one in named if not re.search(rf"\b{one}\b", code)) == []
 
 
 def exists(path: str) -> bool:
