@@ -87,6 +87,11 @@ def test_the_speeds_on_a_cpu_are_those_that_were_measured():
     assert f"| {whole['PEFT loop']} | not measured | {whole['flora']} |" in text
 
 
+def test_the_tutorial_shows_the_demo_s_own_settings():
+    shown = next(block.code for block in blocks(ROOT / "docs" / "tutorial-demo.md") if block.kind == "yaml")
+    assert yaml.safe_load(shown) == yaml.safe_load((ROOT / "flora" / "demo.yaml").read_text(encoding="utf-8"))
+
+
 def test_the_readme_shows_the_layer_and_the_aggregation():
     first, second = (block.code for block in blocks(PAGES[0]) if block.kind == "python")
     assert "flora.attach" in first and "flora.aggregate" in second
