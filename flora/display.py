@@ -61,6 +61,7 @@ class Board:
         self.clients: dict[str, Shown] = {}
         self.losses: list[float] = []
         self.phase, self.count, self.of, self.speed = "", 0, 0, 0.0
+        self.training = False
         self._took: list[float] = []
         self._round_began: float | None = None
         self._training_began = 0.0
@@ -69,12 +70,13 @@ class Board:
         return time.monotonic() - self.began
 
     def start(self, phase: str, of: int) -> None:
-        self.phase, self.count, self.of, self.speed = phase, 0, of, 0.0
+        self.phase, self.count, self.of, self.speed, self.training = phase, 0, of, 0.0, False
         self._round_began = self._round_began or time.monotonic()
 
     def train(self, clients: Iterable[Shown]) -> None:
-        """The clients of a round, who wait for their first step."""
+        """The phase that has begun is the training of these clients, who wait for their first step."""
         self.clients, self._training_began = {client.name: client for client in clients}, time.monotonic()
+        self.training = True
 
     def step(self, client: str, step: int, steps: int, loss: float, speed: float) -> None:
         shown = self.clients.setdefault(client, Shown(client, 0))
@@ -93,6 +95,14 @@ class Board:
         self._round_began = None
         return [client.name for client in self.clients.values() if client.state == DONE]
 
+    def share(self) -> float:
+        """How much of the phase is done, from 0 to 1: of a training by steps, those of clients that wait taken as the others'."""
+        clients = list(self.clients.values())
+        known = [client for client in clients if client.steps]
+        if not self.training or not known:
+            return min(1.0, self.count / max(1, self.of))
+        return sum(client.step for client in known) * len(known) / (len(clients) * sum(client.steps for client in known))
+
     def left(self) -> float | None:
         """About how many seconds the run still takes: by the last rounds, in the first one by its steps; None: not known yet."""
         todo, now = self.rounds - self.done, time.monotonic()
@@ -101,10 +111,8 @@ class Board:
         if self._took:
             mean = sum(self._took[-RECENT:]) / len(self._took[-RECENT:])
             return mean * todo - min(mean, now - (self._round_began or now))
-        known = [client for client in list(self.clients.values()) if client.steps]
-        total = len(self.clients) * sum(client.steps for client in known) / max(1, len(known))
-        share, spent = sum(client.step for client in known) / max(1.0, total), now - self._training_began
-        return spent / share * todo - spent if share else None
+        share, spent = self.share(), now - self._training_began
+        return spent / share * todo - spent if self.training and share else None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width, height = options.max_width, options.max_height or console.size.height
@@ -132,7 +140,7 @@ class Board:
         first: Table | Text = _line("  ".join(words), "bold")
         if self.of and width - taken >= 20:
             first = Table.grid(padding=(0, GAP, 0, 0))
-            bar = ProgressBar(self.of, min(self.count, self.of), width=min(30, width - taken - GAP))
+            bar = ProgressBar(1.0, self.share(), width=min(30, width - taken - GAP))
             first.add_row(Text(self.phase, "bold"), bar, *words[1:])
         left = self.left()
         second = f"{self.done} of {self.rounds} rounds, {duration(self.elapsed())}"

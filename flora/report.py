@@ -93,8 +93,8 @@ class Report:
         """Begins the training of a round. A client in a group has done the rounds that its group has."""
         clients = [Shown(client.name, client.rank, self._rounds.get(client.name, self._rounds[party.name]))
                    for party in parties for client in leaves([party])]
-        self.board.train(clients)
         self.start(f"round {number}: train", len(clients), "clients")
+        self.board.train(clients)
 
     def on_step(self, client: str, step: int, steps: int, loss: float, speed: float = 0.0, together: float = 0.0) -> None:
         """Shows a client's step. speed: its tokens a second; together: of all clients."""

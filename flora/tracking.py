@@ -106,10 +106,10 @@ class WandB:
         path = folder / "wandb-id"
         if not path.exists():
             write_text(path, secrets.token_hex(8) + "\n")
-        try:
+        try:                                                    # console: it would catch what the display draws
             self._run = wandb.init(project=os.environ.get("WANDB_PROJECT", "flora"), id=path.read_text().strip(), resume="allow",
                                    name=folder.name, dir=str(folder), config=dict(settings),
-                                   settings=wandb.Settings(console="off"))          # it would catch what the display draws
+                                   settings=wandb.Settings(silent=bool(settings.get("quiet")), console="off"))
         except Exception as error:
             raise RunError(f"report_to: wandb does not begin: {error}. Log in (wandb login), set WANDB_MODE=offline, or leave "
                            "wandb out.") from error
