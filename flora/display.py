@@ -155,11 +155,14 @@ class Board:
             if taken > width:
                 break
             columns.append(name)
-        spare = max(0, width - sum(WIDTHS[name] + GAP for name in columns if name != "client"))
+        widths = {name: WIDTHS[name] for name in WIDTHS if name in columns}
+        others = sum(widths.values()) + GAP * (len(columns) - 1) - widths["client"]
+        longest = max(6, *(len(client.name) for client in clients))
+        widths["client"] = max(1, min(longest, WIDTHS["client"], width - others))
+        if "state" in columns:                                  # the last one; the reason has what is left
+            widths["state"] += max(0, width - others - widths["client"])
         table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="dim")
-        for name in (name for name in WIDTHS if name in columns):
-            widest = min(WIDTHS["client"], max(len(client.name) for client in clients), spare)
-            fixed = {"client": max(1, widest, min(6, spare)), "state": None}.get(name, WIDTHS[name])
+        for name, fixed in widths.items():
             table.add_column(name, width=fixed, no_wrap=True, justify="left" if name in ("client", "state") else "right")
         for client in clients:
             cells = {"client": Text(clean(client.name)), "rank": str(client.rank or ""),
@@ -167,7 +170,7 @@ class Board:
                      "loss": "" if client.loss is None else f"{client.loss:.3f}",
                      "tokens/s": f"{client.speed:,.0f}" if client.speed else "", "rounds": str(client.rounds),
                      "state": Text(clean(client.state + (f": {client.reason}" if client.reason else "")), STYLES[client.state])}
-            table.add_row(*(cells[name] for name in WIDTHS if name in columns))
+            table.add_row(*(cells[name] for name in widths))
         return table
 
 
