@@ -74,12 +74,14 @@ def test_a_narrow_terminal_goes_without_columns_and_never_wraps(width):
     heads = lines[3].split()
     if width >= 20:
         assert heads == [name for name in display.WIDTHS if name in display.KEEP[:len(heads)]] and "state" in heads
-    assert (len(heads) == 7) == (width >= 66) and lines[5].startswith("client"[:max(1, min(6, width - 10))])
+    assert (len(heads) == 7) == (width >= 66) and lines[5].startswith("client"[:min(6, width - 1)])
 
 
 def test_a_name_cannot_move_the_cursor():
     board = Board(1)
     board.start("round 0: train", 1)
+    board.train([Shown("名前" * 20, 4)])                           # two columns a sign
+    assert max(map(len, drawn(board, 80, 24))) <= 80 and "名前名前名前名 …" in drawn(board, 80, 24)[-1]
     board.train([Shown("a\x1b[2Jb\nc[red]", 4)])
     board.leave_out("a\x1b[2Jb\nc[red]", "failed", "x\ry")
     row = drawn(board, 80, 24)[-1]
