@@ -6,6 +6,9 @@
                                                 of the aggregate that training goes on from, where there is one
     checkpoint/NUMBER                           what resume needs; only while the run is unfinished
     model/                                      the merged model and its tokenizer, when the run is finished
+    tensorboard/                                event files of the rows, for TensorBoard
+    profile/                                    a trace of some passes and its operators, with profile
+    wandb/  wandb-id                            what wandb writes, and the id under which it goes on, with report_to: wandb
     privacy.key                                 the secret of its noise, with privacy; not to be passed on
     adapter/                                    in its place, where updates stay beside the base (merge_into: adapter)
 

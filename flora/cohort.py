@@ -84,11 +84,17 @@ class Cohort:
         self.failures: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
         self.rate, self._tokens, self._began = 0.0, 0, 0.0
+        self._own: dict[str, tuple[int, float]] = {}            # tokens of a client, and when those it trains with began
 
     @property
     def tokens_per_second(self) -> float:
         """Tokens trained on since fit began, all clients together, over the seconds since; `rate` is that of a whole fit."""
         return self._tokens / max(1e-9, time.perf_counter() - self._began)
+
+    def speed(self, name: str) -> float:
+        """A client's own tokens a second while it trains, since those it trains with began; 0: it trains elsewhere."""
+        tokens, began = self._own.get(name, (0, 0.0))
+        return tokens / max(1e-9, time.perf_counter() - began)
 
     def fit(self, broadcast: Broadcast, frozen: Adapters | Sequence[Adapters | None] | None = None,
             on_step: OnStep | None = None) -> list[Update]:
@@ -206,6 +212,7 @@ class Cohort:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), contextlib.ExitStack() as attached:
             with clock("setup"):
                 packed = attached.enter_context(self._attached(members, broadcast))
+            self._own |= {member.client.name: (0, time.perf_counter()) for member in members}
             Loop(model, packed, members, config, self._budget, clock).run(
                 on_step, self._count, derive(config.seed, broadcast.version, "torch"))
             with clock("setup"):
@@ -243,8 +250,10 @@ class Cohort:
             del starts                                          # the layers hold copies
             yield packed
 
-    def _count(self, tokens: int) -> None:
+    def _count(self, name: str, tokens: int) -> None:
         self._tokens += tokens
+        had, began = self._own[name]
+        self._own[name] = had + tokens, began
 
 
 def groups(members: Sequence[Member], budget: int, memory: float) -> Iterator[list[Member]]:

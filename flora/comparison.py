@@ -32,7 +32,7 @@ from flora.spread import LOSS, finite, numbers, over_seeds, paired
 from flora.strategies import strategy_named
 
 OURS = ("strategy", "seed", "output_dir", "overwrite", "quiet")      # what a comparison sets for each of its runs
-NO_RESULT = ("output_dir", "overwrite", "quiet")                    # keys that change no number
+NO_RESULT = ("output_dir", "overwrite", "quiet", "report_to", "profile")       # keys that change no number
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def planned(base: RunConfig, entries: Sequence[str], rates: Sequence[float] = ()
 
 def _wanted(one: Variant, seed: int, where: Path) -> RunConfig:
     folder = where / safe_name(one.name) / f"seed-{seed}"
-    return one.config.model_copy(update={"seed": seed, "output_dir": str(folder), "quiet": True})
+    return one.config.model_copy(update={"seed": seed, "output_dir": str(folder)})
 
 
 def how_far(wanted: RunConfig) -> str:
@@ -116,7 +116,7 @@ def how_far(wanted: RunConfig) -> str:
 
 
 def _run(wanted: RunConfig, how: str) -> None:
-    """One run, without its tables: a comparison prints one for all."""
+    """One run, with its display and without its tables: a comparison prints one for all."""
     with contextlib.redirect_stdout(io.StringIO()):
         if how == "resume":
             run(wanted, resume=True)
@@ -141,7 +141,7 @@ def compare(config: RunConfig | Mapping[str, Any] | str | Path, strategies: Sequ
     where = _folder(config)
     jobs = [(one, seed, _wanted(one, seed, where)) for seed in seeds for one in plan]
     found = [how_far(wanted) for _, _, wanted in jobs]          # all of them, before the first runs
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=config.quiet)
     for number, ((one, seed, wanted), how) in enumerate(zip(jobs, found, strict=True), 1):
         note = {"finished": ": finished before", "resume": ": goes on"}.get(how, "")
         console.print(f"{one.name}, seed {seed} ({number} of {len(jobs)}){note}", highlight=False, markup=False, soft_wrap=True)
@@ -190,7 +190,7 @@ def _report(where: Path, config: RunConfig, choices: Sequence[Mapping[str, Any]]
             entry["clock"] = found
     pages = [tables.final(entries), tables.by_round(entries), *([tables.against(entries)] if len(entries) > 1 else []),
              *(tables.clock(entries) if "clock" in entries[0] else []), *([tables.grid(choices)] if grid else [])]
-    facts = {"config": config.model_dump(exclude={"strategy", "seed", "output_dir", "overwrite", "quiet"}), "entries": entries,
+    facts = {"config": config.model_dump(exclude={"strategy", "seed", *NO_RESULT}), "entries": entries,
              "learning_rates": choices if grid else None, "variants": list(results.values())}
     with disk_errors(where):
         write_text(where / "compare.json", json.dumps(_strict(facts), indent=1, allow_nan=False) + "\n")
@@ -198,6 +198,9 @@ def _report(where: Path, config: RunConfig, choices: Sequence[Mapping[str, Any]]
         image = ["![Loss and accuracy by round](compare.svg)\n"] if drawn else []
         write_text(where / "compare.md", "\n".join(["# Comparison\n", *image, *(page.markdown() for page in pages)]))
     console = Console()
+    if config.quiet:
+        console.print(where, highlight=False, markup=False, soft_wrap=True)
+        return
     for page in pages:
         console.print(page.rich())
     if not drawn:

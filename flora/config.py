@@ -187,12 +187,18 @@ class RunConfig(Strict):
     save_model: bool = True
     """Write the merged model, or the adapter beside the base, when the run is finished."""
     quiet: bool = False
-    """No progress display, only the final table."""
+    """Say nothing but errors and, at the end, the run folder."""
+    report_to: Annotated[list[Literal["tensorboard", "wandb", "none"]], Field(min_length=1)] = Field(["tensorboard"])
+    """Where rows go beside metrics.jsonl: tensorboard (event files in RUN/tensorboard), wandb (pip install wandb;
+    WANDB_PROJECT, WANDB_MODE=offline), or none."""
+    profile: bool = False
+    """Trace some passes of the second round (the first, where there is no other) with torch.profiler, in RUN/profile:
+    trace.json.gz for chrome://tracing or perfetto, top.txt with the operators that take most."""
 
-    @field_validator("evaluate", mode="before")
+    @field_validator("evaluate", "report_to", mode="before")
     @classmethod
     def _one_word(cls, value: Any) -> Any:
-        """A single evaluation may stand without a list."""
+        """A single evaluation or receiver of rows may stand without a list."""
         return [value] if isinstance(value, str) and value != "auto" else value
 
     @model_validator(mode="after")

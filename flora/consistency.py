@@ -45,6 +45,8 @@ def conflicts(config: "RunConfig") -> Iterator[str]:
     unknown = [] if config.evaluate == "auto" else [e for e in config.evaluate if not re.fullmatch(EVALUATIONS, e)]
     if unknown:
         yield f"evaluate: expected labels, answers, lm_eval:FOLDER or mt_bench:FILE; got {', '.join(unknown)}"
+    if "none" in config.report_to and len(config.report_to) > 1:
+        yield f"report_to: expected tensorboard, wandb, both, or none alone; got {', '.join(config.report_to)}"
     for name in ("lora_r", "lora_alpha"):
         value = getattr(config, name)
         if isinstance(value, list) and len(value) not in (1, config.num_clients):

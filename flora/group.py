@@ -149,6 +149,10 @@ class GroupCohort(Cohort):
         """As Cohort's, of the inner round that runs."""
         return self._now.tokens_per_second if self._now else 0.0
 
+    def speed(self, name: str) -> float:
+        """As Cohort's, in the inner round that runs."""
+        return self._now.speed(name) if self._now else 0.0
+
     def fit(self, broadcast: Broadcast, frozen: Adapters | Sequence[Adapters | None] | None = None,
             on_step: OnStep | None = None) -> list[Update]:
         """As Cohort.fit; a group takes its inner rounds and answers as one. frozen: for all, or one entry a client or group."""

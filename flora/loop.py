@@ -36,9 +36,9 @@ class Loop:
         for k, member in enumerate(members):
             member.prepare(packed.parameters[k], config)
 
-    def run(self, on_step: OnStep | None, count: Callable[[int], None], seed: int) -> None:
-        """All steps, the batches of the next one being made meanwhile. count: told the tokens of each step; seed: of the dropout
-        that the model has of its own."""
+    def run(self, on_step: OnStep | None, count: Callable[[str, int], None], seed: int) -> None:
+        """All steps, the batches of the next one being made meanwhile. count: told the tokens of each client's step; seed: of the
+        dropout that the model has of its own."""
         self._seed, self._steps = seed, 0
         with Loader(self.loss, self.packs, self.config.pad_token_id, self.device, self.examples is not None) as loader:
             due, first = self._begin(loader), True
@@ -70,7 +70,7 @@ class Loop:
         self.budget.measure(lambda: self._forward(one, loader), shortest.tokens, self.config.gradient_checkpointing)
 
     def _step(self, going: Sequence[int], places: Sequence[Place], parts: Sequence[Pass], loader: Loader, on_step: OnStep | None,
-              count: Callable[[int], None]) -> None:
+              count: Callable[[str, int], None]) -> None:
         """One optimiser step of every member that goes on."""
         terms = {k: sum(self.loss.terms(p.row) for p in places if p.client == k) for k in going}
         while True:
@@ -94,7 +94,7 @@ class Loop:
                     continue
                 member.update(loss, norm, tokens, self.config)
                 self.packed.write(k)
-                count(tokens)
+                count(member.client.name, tokens)
                 if on_step is not None:
                     on_step(member.client.name, len(member.losses), member.num_steps, loss)
 

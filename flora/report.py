@@ -1,17 +1,20 @@
-"""What a run says: rows in metrics.jsonl as they come, progress while it works, and one table at the end."""
+"""What a run says: rows in metrics.jsonl as they come, its display while it works, and one table at the end."""
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.box import SIMPLE
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from flora.checkpoint import disk_errors
+from flora.client import LocalClient
+from flora.display import Board, Display, Shown, duration
 from flora.files import append, write_text
+from flora.group import Group, leaves
+from flora.tracking import Tracked
 
 SCORES = {"eval_label_accuracy": "labels", "eval_exact_match": "answers", "eval_lm_eval": "lm-eval"}
 
@@ -37,35 +40,37 @@ def _number(value: float | None) -> str:
 
 
 class Report:
-    """Rows and progress of one run; a context manager while the run works.
+    """Rows of one run, and what it shows; a context manager while the run works.
 
-    folder: the run folder; rounds, clients: how many; first: the round it starts or goes on at: rows of later rounds, which a
-    crash left, are dropped.
+    folder: the run folder; first: the round it starts or goes on at: rows of later rounds, which a crash left, are dropped;
+    display: what shows it (None: nothing).
     """
 
-    def __init__(self, folder: Path, rounds: int, first: int = 0, quiet: bool = False):
-        self.folder, self.path, self.first, self.quiet = folder, folder / "metrics.jsonl", first, quiet
-        self.console = Console(stderr=True)
+    def __init__(self, folder: Path, first: int = 0, display: Display | None = None):
+        self.folder, self.path, self.first = folder, folder / "metrics.jsonl", first
+        self.display = display or Display(Board(0), quiet=True)
+        self.tracked = Tracked([], self.say)
         self.rows = [row for row in read_metrics(folder) if first and row.get("round", row.get("rounds_done", 1) - 1) < first]
         with disk_errors(folder):
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        self.progress = Progress(TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                                 TimeRemainingColumn(), console=self.console, transient=True, disable=quiet)
-        self._rounds = self.progress.add_task("rounds", total=rounds, completed=first)
-        self._clients = self.progress.add_task("clients", total=None, visible=False)
-        self._steps: dict[str, TaskID] = {}
+        self._rounds = Counter(row["client"] for row in self.rows if row["kind"] == "client")
+        self.board.losses += [row["eval_loss"] for row in self.rows if "eval_loss" in row]
+
+    @property
+    def board(self) -> Board:
+        return self.display.board
 
     def __enter__(self) -> "Report":
-        self.progress.start()
+        self.display.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.progress.stop()
+        self.display.__exit__(kind, error, trace)
+        self.tracked.close(failed=kind is not None)
 
     def say(self, text: str) -> None:
-        """One line for the person who waits; kept above the progress display."""
-        if not self.quiet:
-            self.console.print(text, highlight=False, soft_wrap=True)
+        """One line for the person who waits."""
+        self.display.say(text)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Appends a row: after a crash or Ctrl-C the file is readable up to the last row; after a loss of power, up to the last
@@ -73,31 +78,42 @@ class Report:
         self.rows.append(dict(row))
         with disk_errors(self.folder):
             append(self.path, json.dumps(row) + "\n", lasting=row["kind"] == "server")
+        self.tracked.add(row)
+        if "eval_loss" in row:
+            self.board.losses.append(row["eval_loss"])
 
-    def start(self, what: str, count: int) -> None:
+    def start(self, what: str, count: int, unit: str = "held-out rows") -> None:
         """Begins a phase of the round: so many clients to train, or rows to evaluate."""
-        self._what = what
-        for task in self._steps.values():                       # clients that failed
-            self.progress.remove_task(task)
-        self._steps.clear()
-        self.progress.update(self._clients, description=what, total=count, completed=0, visible=True)
+        self.display.start(what, count, unit)
 
     def advance(self, count: int = 1) -> None:
-        self.progress.advance(self._clients, count)
+        self.board.count += count
 
-    def on_step(self, client: str, step: int, steps: int, loss: float, tokens_per_second: float) -> None:
-        """Shows the clients that train, a line each, and the tokens a second of all together."""
-        if client not in self._steps:
-            self._steps[client] = self.progress.add_task("", total=steps)
-        self.progress.update(self._steps[client], description=f"  {client[:16]:<16} loss {loss:.3f}", completed=step)
-        self.progress.update(self._clients, description=f"{self._what}, {tokens_per_second:,.0f} tokens/s")
-        if step == steps:
-            self.progress.remove_task(self._steps.pop(client))
-            self.advance()
+    def train(self, number: int, parties: Sequence[LocalClient | Group]) -> None:
+        """Begins the training of a round. A client in a group has done the rounds that its group has."""
+        clients = [Shown(client.name, client.rank, self._rounds.get(client.name, self._rounds[party.name]))
+                   for party in parties for client in leaves([party])]
+        self.start(f"round {number}: train", len(clients), "clients")
+        self.board.train(clients)
 
-    def round_done(self) -> None:
-        self.progress.advance(self._rounds)
-        self.progress.update(self._clients, visible=False)
+    def on_step(self, client: str, step: int, steps: int, loss: float, speed: float = 0.0, together: float = 0.0) -> None:
+        """Shows a client's step. speed: its tokens a second; together: of all clients."""
+        self.board.step(client, step, steps, loss, speed)
+        self.board.speed = together
+
+    def leave_out(self, number: int, client: str, reason: str, state: str) -> None:
+        """A client that a round goes without. state: failed, late or refused."""
+        self.add({"kind": "failure", "round": number, "client": client, "reason": reason})
+        self.board.leave_out(client, state, reason)
+        self.say(f"round {number}: {client} is left out: {reason}")
+
+    def round_done(self, number: int, row: Mapping[str, Any]) -> None:
+        """Counts a round and says what came of it. row: the server's."""
+        self._rounds.update(self.board.round_done())
+        left = self.board.left()
+        parts = [f"held-out loss {row['eval_loss']:.4f}, accuracy {row['eval_accuracy']:.1%}"] if "eval_loss" in row else ["done"]
+        parts += [f"{sum(row['seconds'].values()):.1f} s"] + ([f"about {duration(left)} left"] if left is not None else [])
+        self.say(f"round {number}: " + ", ".join(parts))
 
     def table(self) -> list[Table]:
         """The run at a glance: the global model by round, and every client before and after."""

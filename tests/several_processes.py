@@ -49,10 +49,10 @@ def put(fault):
             member.failed = "its rows are another's"
         kept[1](self, model, packed, members, *rest)
 
-    def stop(self, what, count):
+    def stop(self, what, *rest):
         if what == "round 1: train":
             raise RunError("stopped here")
-        kept[3](self, what, count)
+        kept[3](self, what, *rest)
 
     if fault == "client":
         Loop.__init__ = failing

@@ -106,7 +106,8 @@ def test_run_help_lists_every_key_with_its_meaning(capsys):
 def test_run_with_a_file_and_with_options_over_it(place, capsys):
     """Lists are words after the option; nested keys have a dot; a switch is a switch, without True."""
     assert main(["run", "config.yaml", "--lora_r", "8", "4", "--num_clients", "2", "--partition.by", "who", "--lora-alpha", "r",
-                 "--target_modules", "q_proj", "v_proj", "--fraction_train", "1.0", "--overwrite", "--strategy", "zeropad"]) == 0
+                 "--target_modules", "q_proj", "v_proj", "--fraction_train", "1.0", "--overwrite", "--strategy", "zeropad",
+                 "--no-quiet", "--report_to", "none"]) == 0
     got = resolved(place)
     assert (got["lora_r"], got["lora_alpha"], got["partition"]["by"]) == ([8, 4], "r", "who")
     assert got["target_modules"] == ["q_proj", "v_proj"]
@@ -117,10 +118,11 @@ def test_run_with_a_file_and_with_options_over_it(place, capsys):
     assert "global model" in said and "out/model" in said.replace("\n", "") and "p1" in said
 
 
-def test_run_with_options_alone(place):
+def test_run_with_options_alone(place, capsys):
     assert main(["run", "--model_name_or_path", "model", "--dataset", "rows.jsonl", "--num_clients", "2", "--num_rounds", "1",
                  "--lora_r", "2", "--max_steps", "1", "--eval_rows_per_client", "0", "--server_eval_rows", "4", "--device", "cpu",
-                 "--quiet", "--partition.iid", "--output_dir", "out"]) == 0
+                 "--quiet", "--partition.iid", "--profile", "--output_dir", "out"]) == 0
+    assert capsys.readouterr() == ("out\n", "") and (place / "out/profile/trace.json.gz").exists()
     got = resolved(place)
     assert got["partition"]["iid"] is True and got["quiet"] is True and got["lora_r"] == 2
     assert all(row["eval_loss_before"] is None for row in read_metrics("out") if row["kind"] == "client")

@@ -18,16 +18,17 @@ LAYERS = [
     ["strategies"], ["proven"], ["privacy"], ["data"], ["packing"], ["losses"], ["evaluate"], ["scoring"], ["mmlu", "mt_bench"],
     ["grouping"], ["fleet"], ["capacity", "chooser"],
     ["client", "clock", "budget"], ["steps"], ["member"], ["per_example"], ["loop"], ["cohort"], ["group"], ["distributed"],
-    ["stream"], ["inbox"], ["server"], ["snapshot"], ["checkpoint"], ["report"], ["spread"], ["timing"], ["tables", "plots"],
+    ["stream"], ["inbox"], ["server"], ["snapshot"], ["checkpoint"],
+    ["display", "tracking", "profiling"], ["report"], ["spread"], ["timing"], ["tables", "plots"],
     ["engines.scores"], ["engines.guards"], ["engines.prepare"], ["engines.processes"], ["engines.hierarchy"], ["engines.traffic"],
-    ["engines.measure", "engines.plan", "engines.merge_log"], ["engines.party", "engines.remote"],
+    ["engines.measure", "engines.plan", "engines.merge_log"], ["engines.telling"], ["engines.party", "engines.remote"],
     ["engines.local", "engines.flower", "engines.nvflare"], ["engines"],
     ["integrations"], ["doctor", "tuning", "shards", "comparison", "verification", "skew", "exporting", "starter"], ["cli"]]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PACKAGES = ("strategies", "data", "integrations", "kernels.triton")     # their own files may import each other
 LIGHT = {"torch", "numpy", "safetensors", "flora"}
-HEAVY_ALLOWED = {"config": {"pydantic", "yaml"}, "sections": {"pydantic"}, "report": {"rich"}, "doctor": {"rich"},
-                 "engines.local": {"rich", "yaml"}, "engines.plan": {"rich"},
+HEAVY_ALLOWED = {"config": {"pydantic", "yaml"}, "sections": {"pydantic"}, "report": {"rich"}, "display": {"rich"},
+                 "doctor": {"rich"}, "engines.local": {"rich", "yaml"}, "engines.plan": {"rich"},
                  "engines.remote": {"yaml"}, "engines.flower": {"flwr", "yaml"}, "engines.nvflare": {"nvflare", "yaml"},
                  "kernels.triton": {"triton"}, "shards": {"rich"},
                  "tables": {"rich"}, "comparison": {"rich", "yaml"}, "verification": {"rich"}, "skew": {"rich"},

@@ -28,10 +28,10 @@ def stopped(monkeypatch, config, number):
     """Runs it up to the training of this round."""
     begin = Report.start
 
-    def start(self, what, count):
+    def start(self, what, *rest):
         if what == f"round {number}: train":
             raise KeyboardInterrupt
-        begin(self, what, count)
+        begin(self, what, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Report, "start", start)
@@ -148,7 +148,7 @@ def test_a_checkpoint_that_the_disk_has_lost_is_refused_by_name(place, monkeypat
 def test_a_finished_run_stays_finished_whatever_happens_to_its_table(place, monkeypatch, error):
     monkeypatch.setattr(Report, "table", lambda self: (_ for _ in ()).throw(error))
     with pytest.raises(error):
-        flora.run(settings(place, "table", num_rounds=1, overwrite=True))
+        flora.run(settings(place, "table", num_rounds=1, overwrite=True, quiet=False))
     assert state(place / "table") == {"state": "finished", "rounds_done": 1}
 
 

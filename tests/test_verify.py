@@ -49,7 +49,7 @@ def simulated(folder, strategy, config=None, options=None, rounds=3, missing=())
     clients = [LocalClient(f"client {k}", ROWS, rank, 2.0 * rank) for k, rank in enumerate(config.ranks())]
     start = STRATEGIES[strategy].begin(SHAPES, config.ranks(), 0)
     server = Server(strategy, clients, start, weighting=config.weighting, options=options)
-    report = Report(run.path, rounds, quiet=True)
+    report = Report(run.path)
     for number in range(rounds):
         updates = [Update({layer: adapter(c.rank, shape, seed=97 * number + 10 * k + j) for j, (layer, shape) in
                            enumerate(SHAPES.items()) if (number, k, j) not in missing}, EXAMPLES[k],

@@ -18,6 +18,7 @@ from flora.checkpoint import RunFolder
 from flora.cohort import Cohort
 from flora.config import RunConfig, load, parse
 from flora.data.batches import steps_per_epoch
+from flora.display import Board, Display, errors_only
 from flora.distributed import Team, first
 from flora.engines import guards
 from flora.engines.hierarchy import Hierarchy, clock_row, hierarchy_of
@@ -25,18 +26,22 @@ from flora.engines.measure import NOTHING, after, before, client_row, over_group
 from flora.engines.plan import bytes_of_a_round
 from flora.engines.prepare import Job, environment, new_server, prepare, rehearse, sent_up
 from flora.engines.processes import follow, put_back, several
+from flora.engines.telling import closing, opening
 from flora.engines.traffic import Traffic, total
 from flora.errors import ConfigError
 from flora.group import Group, GroupCohort, leaves
 from flora.messages import Broadcast, Update
 from flora.nn import target_shapes, weights
+from flora.profiling import traced
 from flora.report import Report
 from flora.server import Server
 from flora.snapshot import Carried, Resumed
+from flora.tracking import check, trackers
 from flora.versions import bring_to, write_into
 
 LOST = {"vanished": "its device has vanished in this round", "late": "its device is late in this round",
         "next": "its device is late in this round; its update counts less in the next one"}
+HOW = {"vanished": "failed", "late": "late", "next": "late"}        # what the display calls them
 NO_ROUND = "the round"
 
 
@@ -48,6 +53,7 @@ def run(config: RunConfig | Mapping[str, Any] | str | Path, resume: bool = False
     """
     if not isinstance(config, RunConfig):
         config = parse(config) if isinstance(config, Mapping) else parse(load(config), str(config))
+    check(config.report_to)
     rehearse(config)
     keep_large_blocks()
     with several(config) as team:                               # the processes of one torchrun; None: this one is alone
@@ -56,17 +62,17 @@ def run(config: RunConfig | Mapping[str, Any] | str | Path, resume: bool = False
 
 def _whole(config: RunConfig, resume: bool, team: Team | None) -> Path:
     """A run as the process that leads it, or that is alone, sees it."""
-    console = Console(stderr=True, quiet=config.quiet)
-    with RunFolder(config.output_dir, config.overwrite, resume) as folder:
+    with RunFolder(config.output_dir, config.overwrite, resume) as folder, errors_only(config.quiet):
         resumed = folder.load_checkpoint() if resume else None
-        job = prepare(config, lambda line: console.print(line, highlight=False, soft_wrap=True), resumed.base if resumed else None)
+        display = Display(Board(config.num_rounds, resumed.number if resumed else 0), config.quiet)
+        job = prepare(config, display.say, resumed.base if resumed else None)
         if team:
             team.begin()
             job = replace(job, team=team)
         folder.begin(yaml.safe_dump(config.model_dump(exclude={"overwrite"}), sort_keys=False), environment(),
                      resumed.number if resumed else 0)
         try:
-            _run(config, folder, job, resumed)
+            _run(config, folder, job, resumed, display)
         except KeyboardInterrupt:
             folder.stopped("interrupted")
             raise
@@ -77,11 +83,11 @@ def _whole(config: RunConfig, resume: bool, team: Team | None) -> Path:
     return folder.path
 
 
-def _run(config: RunConfig, folder: RunFolder, job: Job, resumed: Resumed | None) -> None:
+def _run(config: RunConfig, folder: RunFolder, job: Job, resumed: Resumed | None, display: Display) -> None:
     """The run itself, in a folder that is open."""
     put_back(job, resumed)
-    with Report(folder.path, config.num_rounds, resumed.number if resumed else 0, config.quiet) as report:
-        report.say(f"{len(job.clients)} clients, strategy {config.strategy}, {config.num_rounds} rounds")
+    with Report(folder.path, resumed.number if resumed else 0, display) as report:
+        report.tracked = trackers(config.report_to, folder.path, report.first, config.model_dump(), report.say)
         key = folder.secret(resumed is not None) if config.privacy else guards.NO_KEY
         job = replace(job, train_config=guards.example_private(config, job.train_config, job.clients, key))
         tree = new_hierarchy(config, job, resumed)
@@ -92,6 +98,7 @@ def _run(config: RunConfig, folder: RunFolder, job: Job, resumed: Resumed | None
                             resumed.broadcast if resumed else None, key)
         if resumed:
             resumed.remind(server)
+        report.say(opening(config, server.shapes, tree.everybody(), str(job.model.device)))
         budget = Budget(job.model, config.max_tokens_per_batch, resumed.budget if resumed else None)
         state = State(budget, dict(resumed.home), resumed.optimizers, dict(resumed.late)) if resumed else State(budget)
         if config.optimizer_state == "keep":
@@ -109,17 +116,13 @@ def _run(config: RunConfig, folder: RunFolder, job: Job, resumed: Resumed | None
         saved = folder.save_model(job.model, job.tokenizer, config.model_name_or_path) if config.save_model else None
         folder.mark("finished", done)
     console = Console()
+    if config.quiet:
+        console.print(folder.path, highlight=False, soft_wrap=True)
+        return
     for table in report.table():
         console.print(table)
-    console.print(f"{_result(server, saved)}, every row in {folder.path / 'metrics.jsonl'}", highlight=False, soft_wrap=True)
-
-
-def _result(server: Server, saved: Path | None) -> str:
-    if saved is None:
-        return "no model was saved (save_model)"
-    what = "the merged model" if saved.name == "model" else "the sum of all updates, an adapter for the untouched base,"
-    what = "the clients' models stay theirs (rounds/); the untouched base" if server.strategy.home else what
-    return f"{what} is in {saved}"
+    for line in closing(folder.path, saved, bool(server.strategy.home)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass
@@ -157,8 +160,10 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
         cohort = maker(job.model, parties, job.train_config, config.target_modules, state.budget, job.merge_config,
                         optimizer_states=state.optimizers)
         cohort.team = job.team
-        report.start(f"round {number}: train", len(clients))
-        updates = cohort.fit(sent, on_step=lambda *step, cohort=cohort: report.on_step(*step, cohort.tokens_per_second))
+        report.train(number, parties)
+        with traced(config.profile and number == profiled(config, report), job.model, folder.path / "profile", report.say):
+            updates = cohort.fit(sent, on_step=lambda *step, cohort=cohort: report.on_step(
+                *step, cohort.speed(step[0]), cohort.tokens_per_second))
         trained = after(job, updates, sent, report, number, parties) if measured else {}
         state.home.update({u.client: u.adapters for u in updates} if server.strategy.home else {})
 
@@ -182,8 +187,8 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
             tree.observe([row])
             report.add(row | {"bytes_up": up.get(client.name, 0), "bytes_down": traffic.received.get(client.name, 0)})
         for name, reason in left_out.items():
-            report.add({"kind": "failure", "round": number, "client": name, "reason": reason})
-            report.say(f"round {number}: {name} is left out: {reason}")
+            how = HOW[lost[name]] if name in lost else "failed" if name in cohort.failures else "refused"
+            report.leave_out(number, name, reason, how)
         server.shrink(updates)
         tree.shrink(leaves(server.clients))
         down = sum(traffic.down(server, server.sample(number + 1)).values())
@@ -200,10 +205,13 @@ def rounds(config: RunConfig, job: Job, server: Server, report: Report, folder: 
             carried = Carried(traffic.received, state.home, state.optimizers, state.budget.state(), state.late)
             folder.save_checkpoint(job.model, number + 1, server, carried)
         folder.mark("running", number + 1)
-        if measured:
-            report.say(f"round {number}: held-out loss {row['eval_loss']:.4f}, accuracy {row['eval_accuracy']:.1%}")
-        report.round_done()
+        report.round_done(number, row)
     return config.num_rounds
+
+
+def profiled(config: RunConfig, report: Report) -> int:
+    """The round that is traced: the second, in which nothing is done for the first time, or the next best."""
+    return max(report.first, min(1, config.num_rounds - 1))
 
 
 def enough(config: RunConfig) -> int | None:

@@ -36,10 +36,11 @@ from flora.report import Report
 from flora.server import Server, for_client
 from flora.snapshot import Carried
 from flora.strategies import strategy_named
+from flora.tracking import trackers
 from flora.versions import bring_to, resume_at, write_into
 
 LOCAL_ONLY = ("groups", "fleet", "optimizer_state", "over_sampling", "late", "communication_budget_mb", "round_deadline",
-              "secure_aggregation", "privacy")
+              "secure_aggregation", "privacy", "profile")
 HEADERS = 1 << 24                                               # bytes of a message beside its numbers
 
 
@@ -81,6 +82,7 @@ class RemoteRun:
         self._sent: dict[str, int] = {}
         self._messages: dict[tuple[int, int], bytes] = {}
         self._began = 0.0
+        self.report: Report | None = None
 
     @property
     def done(self) -> bool:
@@ -117,7 +119,8 @@ class RemoteRun:
         self.folder.begin(yaml.safe_dump(config.model_dump(exclude={"overwrite"}), sort_keys=False), environment(),
                           self.number)
         self.folder.mark("running", self.number)
-        self.report = Report(self.folder.path, config.num_rounds, self.number, quiet=True)
+        self.report = Report(self.folder.path, self.number)
+        self.report.tracked = trackers(config.report_to, self.folder.path, self.number, config.model_dump(), self.report.say)
         if not resumed:
             self._checkpoint()
             if self.job:
@@ -233,6 +236,8 @@ class RemoteRun:
 
     def leave(self) -> None:
         """Lets go of the folder, so that another process, or a run in this one, may go on with it. Twice does no harm."""
+        if self.report is not None:
+            self.report.tracked.close(failed=not self.done)
         self.folder.__exit__()
 
 

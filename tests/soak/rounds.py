@@ -67,7 +67,7 @@ def main(place, count, seed, faults):
     server = Server("flora", clients, Broadcast(run="soak"), shapes=target_shapes(model, TARGETS))
     with RunFolder(place) as folder:
         folder.begin("{}", {})
-        with Report(folder.path, count, quiet=True) as report:
+        with Report(folder.path) as report:
             for number in range(count):
                 sent, fate = server.broadcast, {c.name: draw.random() if faults else 1.0 for c in clients}
                 alive = [c for c in clients if fate[c.name] >= DIES]
