@@ -31,21 +31,21 @@ class Data:
 
 def eval_model(target: str | Path, data: str | Path | None = None, clients: Sequence[str] = (), *, limit: int | None = None,
                with_base: bool = False, settings: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-    """A row for every model and data set: {"model", "data", "rows", "tokens", "loss", "perplexity", "accuracy"} and, where rows have
-    labels or answers or it is asked for, "label_accuracy", "exact_match", "lm_eval": means in nats and shares, as a run has them.
+    """A row for every model and data set: {"model", "data", "rows", "tokens", "loss", "perplexity", "accuracy"} and, where rows
+    have labels or answers or it is asked for, "label_accuracy", "exact_match", "lm_eval": means in nats and shares, as in a run.
 
     target: a finished run, a model's folder or fetched name, a PEFT folder. data: a file, a folder of files, a fetched name, of
     which the first `limit` rows count; None: of a run, the rows that the server held out, and those of each client named. clients:
-    whose own models of the last round. with_base: also the model that training began with. settings: keys of a config over the run's
-    own, such as device, dtype, evaluate, per_device_eval_batch_size. Raises RunError, DataError, ConfigError.
+    whose own models of the last round. with_base: also the model that training began with. settings: keys of a config over the
+    run's own, such as device, dtype, evaluate, per_device_eval_batch_size. Raises RunError, DataError, ConfigError.
     """
     outcome = open_outcome(target, clients, with_base, settings)
     if data is not None:
         sets = {str(data): _rows_of(outcome, load_rows(data, limit))}
     elif limit is not None:
-        raise ConfigError("expected --data with a number of rows: of a run's own held-out rows all count. Leave one out or give both.")
+        raise ConfigError("expected --data with a number of rows: of a run's own held-out rows all count. Give both, or neither.")
     elif outcome.run is None:
-        raise DataError(f"expected rows to evaluate {target} on; got none. Give a file, a folder of files, or a fetched name: --data.")
+        raise DataError(f"expected rows to evaluate {target} on; got none. Give a file, a folder, or a fetched name: --data.")
     else:
         sets = _held_out(outcome, clients)
     found = []

@@ -1,9 +1,9 @@
 """What came of a run, or any model or PEFT folder, as one model in memory and views on it.
 
-A view is a set of adapters through which the model is seen. Of a finished run the weights in memory are the trained ones, so "global"
-is the model as it is, and a client's own model, which was made on the weights of its last round, is the client's adapters less what
-the server has added since. The base that training began with differs from the trained weights by more ranks than are worth keeping:
-its weights are mapped from its files and written over the others while it is asked (`began`).
+A view is a set of adapters through which the model is seen. Of a finished run the weights in memory are the trained ones, so
+"global" is the model as it is, and a client's own model, which was made on the weights of its last round, is the client's adapters
+less what the server has added since. The base that training began with differs from the trained weights by more ranks than are
+worth keeping: its weights are mapped from its files and written over the others while it is asked.
 """
 import contextlib
 import json
@@ -77,8 +77,8 @@ def open_outcome(target: str | Path, clients: Sequence[str] = (), with_base: boo
     if (path / "adapter_config.json").is_file():
         return _of_adapter(path, with_base, settings)
     if not path.exists() and str(target) not in SOURCES:
-        raise RunError(f"expected the folder of a run, a model or a PEFT adapter, or a fetched model's name; got {target}, which is "
-                       "none. Give the output_dir of a run.")
+        raise RunError(f"expected the folder of a run, a model or a PEFT adapter, or a fetched model's name; got {target}, which "
+                       "is none. Give the output_dir of a run.")
     return Outcome(*_loaded(parse({**settings, "model_name_or_path": str(target)}), None), {MODEL: None})
 
 
@@ -109,8 +109,8 @@ def _of_run(folder: Path, clients: Sequence[str], with_base: bool, settings: Map
     config = parse({**kept, **settings, "output_dir": str(folder)}, str(folder / "config.yaml"))
     source, at_home = result_of(folder, None), strategy_named(config.strategy).home
     if at_home and not clients:
-        raise RunError(f"expected a client: with {config.strategy} every client has a model of its own, and there is no global one. "
-                       "Say whose: --client NAME.")
+        raise RunError(f"expected a client: with {config.strategy} every client has a model of its own, and there is no global "
+                       "one. Say whose: --client NAME.")
     merged = source.name == "model"
     outcome = Outcome(*_loaded(config, source if merged else None), {}, folder)
     beside: Adapters = {} if merged else load_peft(source)
@@ -135,8 +135,8 @@ def _since(rounds: Path, number: int) -> list[dict[str, Any]]:
     later = sorted(int(path.name) for path in rounds.iterdir() if path.name.isdigit() and int(path.name) >= number)
     for n in later:
         if (rounds / str(n) / "dense.json").exists():
-            raise RunError(f"cannot take round {n} back, as a client's own model needs: layers travelled as new weights (downlink). "
-                           "Run with downlink: stack.")
+            raise RunError(f"cannot take round {n} back, as a client's own model needs: layers travelled as new weights "
+                           "(downlink). Run with downlink: stack.")
         for what, sign in (("aggregate", -1.0), *((("start", 1.0),) if n != later[-1] else ())):
             folder = rounds / str(n) / what
             if folder.is_dir():

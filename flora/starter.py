@@ -168,14 +168,14 @@ grep -q 'the run is in' "$home/run.log" || { echo "the run has failed" >&2; exit
 
 
 def init(kind: str, folder: str | Path, *, data: str | Path | None = None, model: str | None = None) -> Path:
-    """Writes what a run starts from into a new folder, and returns it. kind: "config" (config.yaml, for `flora run`) or "flower" (an
-    app). data, model: of a config; rows are read, and their columns named (None: chitchat, by sender, on smollm2-135m).
+    """Writes what a run starts from into a new folder, and returns it. kind: "config" (config.yaml, for `flora run`) or "flower"
+    (an app). data, model: of a config; rows are read, and their columns named (None: chitchat, by sender, on smollm2-135m).
 
     Raises ConfigError for another kind, or a folder that is not empty; DataError for data that cannot be read.
     """
     if kind not in ("config", *KINDS):
-        raise ConfigError(f"expected flower, or a folder alone; got {kind!r}. flora init DIR writes a config, flora init flower DIR an "
-                          "app for Flower.")
+        raise ConfigError(f"expected flower, or a folder alone; got {kind!r}. flora init DIR writes a config, flora init flower "
+                          "DIR an app for Flower.")
     if kind != "config" and (data or model):
         raise ConfigError("expected --data and --model with a config alone; got an app, whose pyproject.toml has these keys. Leave "
                           "them out.")
@@ -195,7 +195,8 @@ def next_step(kind: str, folder: Path) -> str:
 
 def _config_words(folder: Path, data: str | Path | None, model: str | None) -> dict[str, str]:
     """A path is written out whole: a run may be started anywhere. JSON's strings are YAML's."""
-    words = {"file": str(folder / "config.yaml"), "model": _name(model or "smollm2-135m"), "output": json.dumps(str(folder / "run"))}
+    words = {"file": str(folder / "config.yaml"), "model": _name(model or "smollm2-135m"),
+             "output": json.dumps(str(folder / "run"))}
     if data is None:
         return words | {"data": "chitchat             # who wrote to whom; put your own file here", "partition": "by: sender",
                         "columns": ""}
@@ -204,8 +205,8 @@ def _config_words(folder: Path, data: str | Path | None, model: str | None) -> d
         for name, value in row.items():
             if isinstance(value, (str, int)) and name not in ("prompt", "completion"):
                 found.setdefault(name, set()).add(str(value))
-    said = ", ".join(f"{name} ({len(values)} values)" for name, values in found.items())
-    return words | {"data": _name(data), "partition": "iid: true", "columns": f"#  your columns: {said or 'none beside the text'}\n"}
+    said = ", ".join(f"{' '.join(name.split())} ({len(values)} values)" for name, values in found.items())
+    return words | {"data": _name(data), "partition": "iid: true", "columns": f"#  your columns: {said or 'only the text'}\n"}
 
 
 def _name(given: str | Path) -> str:

@@ -1,6 +1,6 @@
 """Verbs that prepare a machine or a folder, or measure: fetch, init, doctor, bench, tune, completion."""
-from argparse import Namespace
 import argparse
+from argparse import Namespace
 
 from flora.options import Parser, Usage
 from flora.verbs.base import Call
@@ -52,8 +52,8 @@ def tune(parser: Parser) -> Call:
     """
     parser.add_argument("--shapes", nargs="+", type=_shape, metavar="OUTxIN", help="linears (default: those of usual models)")
     parser.add_argument("--rows", nargs="+", type=_positive, metavar="M", help="tokens of a batch (default: 512 2048 8192 32768)")
-    parser.add_argument("--ranks", nargs="+", type=_positive, metavar="R", help="of an adapter, or of each of ten (default: 4 16 64 "
-                        "256)")
+    parser.add_argument("--ranks", nargs="+", type=_positive, metavar="R", help="of an adapter, or of each of ten (default: 4 16 "
+                        "64 256)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
 
     def call(given: Namespace) -> None:
@@ -102,7 +102,7 @@ def completion(parser: Parser) -> Call:
     parser.add_argument("shell", choices=("bash", "zsh", "fish"))
 
     def call(given: Namespace) -> None:
-        from flora.completion import completion_script
+        from flora.verbs.completion import completion_script
         print(completion_script(given.shell))
     return call
 

@@ -20,8 +20,8 @@ def evaluate(parser: Parser) -> Call:
     flora eval my-adapter --base smollm2-135m --data mine.jsonl
     """
     parser.add_argument("target", metavar="FOLDER", help=TARGET)
-    parser.add_argument("--data", metavar="FILE", help="rows: a file, a folder of files, a fetched name (default: what the run held "
-                        "out)")
+    parser.add_argument("--data", metavar="FILE", help="rows: a file, a folder of files, a fetched name (default: what the run "
+                        "held out)")
     parser.add_argument("--rows", type=int, metavar="N", help="only the first N rows of --data")
     parser.add_argument("--client", metavar="NAME", action="append", default=[], help="a client's own model too; again for others")
     parser.add_argument("--with-base", action="store_true", help="also the model that training began with")

@@ -1,4 +1,4 @@
-"""`flora completion`: a script that completes verbs, options, keys, files and folders in a shell, written by shtab from the parsers."""
+"""`flora completion`: a script that completes verbs, options, keys, files and folders in a shell: by shtab, from the parsers."""
 from argparse import ArgumentParser
 
 from flora.errors import ConfigError, needs
