@@ -22,8 +22,9 @@ class Usage(Exception):
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """How a message that names an unknown word ends: "; did you mean X?", or a full stop."""
-    near = difflib.get_close_matches(word, list(known), 1, 0.5)
-    return f"; did you mean {near[0]}?" if near else "."
+    bare = {name.lstrip("-"): name for name in known}           # dashes would make any two options alike
+    near = difflib.get_close_matches(word.lstrip("-"), list(bare), 1)
+    return f"; did you mean {bare[near[0]]}?" if near else "."
 
 
 class Parser(argparse.ArgumentParser):

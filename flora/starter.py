@@ -1,6 +1,7 @@
 """`flora init DIR`: a config with comments for one's own data; `flora init flower DIR`: an app of Flower that runs flora."""
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -190,7 +191,9 @@ def init(kind: str, folder: str | Path, *, data: str | Path | None = None, model
 
 def next_step(kind: str, folder: Path) -> str:
     """What to do with what `init` has written."""
-    return f"flora run {folder / 'config.yaml'}" if kind == "config" else f"{folder / 'README.md'} says how to run it"
+    if kind == "config":
+        return f"flora run {shlex.quote(str(folder / 'config.yaml'))}"
+    return f"{folder / 'README.md'} says how to run it"
 
 
 def _config_words(folder: Path, data: str | Path | None, model: str | None) -> dict[str, str]:

@@ -102,8 +102,11 @@ def merge(parser: Parser) -> Call:
 
     def call(given: Namespace) -> None:
         from flora.shards import merge_files
-        print(merge_files(given.base, given.adapters, given.out, given.weights, rounding=given.rounding, seed=given.seed,
-                          overwrite=given.overwrite, quiet=given.quiet))
+        where = merge_files(given.base, given.adapters, given.out, given.weights, rounding=given.rounding, seed=given.seed,
+                            overwrite=given.overwrite, quiet=given.quiet)
+        count = len(given.adapters)
+        weights = " ".join(f"{one:.6g}" for one in given.weights or [1 / count] * count)
+        print(f"merged {count} adapters, weights {weights}, into {where}")
     return call
 
 
