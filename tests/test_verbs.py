@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -41,10 +40,8 @@ def test_the_help_of_a_verb_loads_neither_torch_nor_what_runs_need():
             "for verb in VERBS:\n    main([verb, '-h']) if verb != 'run' else None\n"
             "assert not {'torch', 'numpy', 'transformers', 'pydantic', 'tyro', 'rich', 'shtab'} & set(sys.modules)\n"
             "main(['run', '-h'])\nassert not {'torch', 'numpy', 'transformers'} & set(sys.modules)")
-    began = time.perf_counter()
     done = python("-c", code)
     assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - began < 5                      # fifteen of them and pydantic; torch alone takes longer
 
 
 def test_every_verb_has_a_function_with_types_and_a_docstring_and_a_line_in_the_documentation():
