@@ -18,8 +18,8 @@ _WHERE = {
     "init": "starter", "fetch": "data", "bench": "benchmark", "tune": "tuning", "diagnose": "doctor",
     "completion_script": "verbs.completion",
 }
-_MODULES = ("adapter", "cli", "client", "cohort", "config", "data", "engines", "errors", "evaluate", "formats", "group", "kernels",
-            "layer", "messages", "nn", "ops", "report", "server", "strategies")
+_MODULES = ("adapter", "cli", "client", "cohort", "config", "data", "engines", "errors", "evaluate", "formats", "group", "grouping",
+            "kernels", "layer", "messages", "nn", "ops", "report", "server", "strategies")
 __all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:

@@ -66,7 +66,7 @@ class Conversation:
 
 def chat(target: str | Path, prompt: str, clients: Sequence[str] = (), sampling: Sampling | None = None,
          settings: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """One question's answers by view: "base", "global" (of a run), "adapter", "model", and each client's own model.
+    """The answers to one prompt by view: "base", "global" (of a run), "adapter", "model", and each client's own model.
 
     target, clients, settings: as eval_model takes them. Raises RunError, DataError, ConfigError.
     """

@@ -13,8 +13,8 @@ ROWS, RANKS = (512, 2048, 8192, 32768), (4, 16, 64, 256)
 
 def tune(shapes: Sequence[tuple[int, int]] | None = None, rows: Sequence[int] | None = None, ranks: Sequence[int] | None = None,
          dtype: str = "bfloat16") -> Path:
-    """Measures every form for linears (out, in), tokens of a batch and ranks, prints each, and writes this GPU's table, whose path
-    it returns. None: those of usual models. Raises BackendError where there is no GPU or no Triton."""
+    """Measures every form for shapes (out, in), rows (tokens of a batch), ranks and a dtype, prints each, and writes this GPU's
+    table, whose path it returns. None: those of usual models. Raises BackendError where there is no GPU or no Triton."""
     import torch
 
     from flora import kernels
