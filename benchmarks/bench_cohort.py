@@ -15,9 +15,10 @@ from dataclasses import replace
 from benchmarks import clients as ways
 from benchmarks.clients import RATE, Case, device
 from benchmarks.gate import require_green
-from benchmarks.measure import publish, rows_of
+from benchmarks.measure import publish
 from benchmarks.shapes import RANKS
 from benchmarks.workers import WorkerError, agree, take_turns, workers
+from flora.speed import rows_of
 
 LIMIT = "bare products"
 PEERS = {"PEFT loop": ways.peft_loop, "PEFT loop, bf16 base": ways.peft_loop_bf16, "PEFT, HF Trainer": ways.hf_trainer}

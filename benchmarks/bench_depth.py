@@ -11,7 +11,8 @@ import statistics
 import flora
 from benchmarks.clients import Case
 from benchmarks.gate import require_green
-from benchmarks.measure import publish, rows_of
+from benchmarks.measure import publish
+from flora.speed import rows_of
 from flora.targets import blocks_of
 
 

@@ -29,8 +29,9 @@ from typing import Any
 
 import yaml
 
-from benchmarks.measure import publish, rows_of
+from benchmarks.measure import publish
 from benchmarks.shapes import SMOLLM2_135M
+from flora.speed import rows_of
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS, CLIENTS, ROUNDS = 30, 4, 4

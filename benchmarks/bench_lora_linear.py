@@ -10,24 +10,12 @@ import argparse
 import torch
 
 from benchmarks.gate import require_green
-from benchmarks.measure import copy_bandwidth, interleaved, matmul_peak, publish, rows_of
+from benchmarks.measure import publish
 from benchmarks.shapes import MODELS, RANKS
-from benchmarks.variants import READS, DecoderLinears, Shapes, variants
+from benchmarks.variants import READS, DecoderLinears, variants
+from flora.speed import copy_bandwidth, interleaved, matmul_peak, roofline, rows_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def roofline(shapes: Shapes, num_rows: int, rank: int, itemsize: int, peak: float, bandwidth: float, backward: bool) -> float:
-    """Seconds of the ideal split: per linear, each pass bound by its operations or by its bytes, every tensor moved once a pass."""
-    seconds = 0.0
-    for _, N, K in shapes:
-        M, R = num_rows, rank
-        base, skinny = 2 * M * N * K, 2 * M * R
-        passes = [(base + skinny * N, M * K + M * N + N * K), (skinny * K, M * K)]                 # y with h Bᵀ; h
-        if backward:
-            passes += [(base + skinny * K, M * K + M * N + N * K), (2 * skinny * N, M * N), (skinny * K, M * K)]
-        seconds += sum(max(operations / peak, elements * itemsize / bandwidth) for operations, elements in passes)
-    return seconds
 
 
 def measure(kind: str, model: str, num_rows: int, ranks: list[int], name: str, device: str, compiled: bool, limits: tuple) -> list:
@@ -51,7 +39,7 @@ def measure(kind: str, model: str, num_rows: int, ranks: list[int], name: str, d
     for what, call in (("forward", forward), ("forward + backward", both)):
         seconds = interleaved({variant: (lambda c=call, m=layers: c(m)) for variant, layers in found.items()})
         used = max(ranks) if kind == "clients" else sum(ranks)
-        limit = roofline(shapes, num_rows, used, dtype.itemsize, *limits[name], backward=call is both)
+        limit = roofline(shapes, num_rows, used, dtype.itemsize, limits[name], backward=call is both)
         case = f"{model}, {num_rows} rows, {kind}, rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}, {name}, {what}"
         rows += rows_of(case, seconds, against, limit)
     return rows

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from benchmarks.gate import require_green
-from benchmarks.measure import copy_bandwidth, interleaved, memory, publish, reset_peak, rows_of
+from benchmarks.measure import memory, publish, reset_peak
 from benchmarks.shapes import MODELS, RANKS
 from flora import ops
 from flora.adapter import Adapter, stack
 from flora.messages import Update
+from flora.speed import copy_bandwidth, interleaved, rows_of
 from flora.stream import Stream
 
 BLOCKS = {"SmolLM2-135M": 30, "1B": 16, "3B": 28, "7B": 32, "70B": 80}

@@ -13,7 +13,8 @@ from torch import nn
 
 from benchmarks.clients import Case, device
 from benchmarks.gate import require_green
-from benchmarks.measure import interleaved, publish, rows_of
+from benchmarks.measure import publish
+from flora.speed import interleaved, rows_of
 
 PEER, OURS = "PEFT", "PEFT, accelerated"
 BASES = {"fp32": ("float32", True), "bf16": ("bfloat16", True), "bf16, bf16 factors": ("bfloat16", False)}

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 import flora
 from benchmarks.clients import RATE, Case, Parties, Ticks, device, peft_trained
 from benchmarks.gate import require_green
-from benchmarks.measure import publish, rows_of
+from benchmarks.measure import publish
 from benchmarks.shapes import RANKS
 from benchmarks.workers import WorkerError, agree, take_turns, workers
+from flora.speed import rows_of
 from flora.versions import bring_to
 
 PHASES = ("aggregate", "merge", "train")

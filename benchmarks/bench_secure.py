@@ -16,11 +16,12 @@ import torch
 
 import flora
 from benchmarks.gate import require_green
-from benchmarks.measure import publish, rows_of
+from benchmarks.measure import publish
 from benchmarks.shapes import RANKS, SMOLLM2_135M
 from flora.adapter import Adapter
 from flora.messages import Update, decode, encode
 from flora.secure import SecureConfig, SecureSum, secure_round
+from flora.speed import rows_of
 
 LOST = {"c4": "masked"}
 OF_CLIENT = ("keys", "shares", "sketch", "mask", "reveal")

@@ -1,56 +1,17 @@
-"""How every benchmark measures: variants interleaved, medians and quartiles, ratios in one run, JSON beside the table."""
+"""What benchmarks publish, JSON beside the table, and the memory that a call takes; flora/speed.py has the clock."""
 import contextlib
 import ctypes
 import json
 import platform
-import statistics
-import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from flora import kernels
+from flora.speed import device_name, show
 
 RESULTS = Path(__file__).parent / "results"
-# What a row may hold besides its time: the column's title and how the number is written.
-COLUMNS = {"tokens_per_second": ("tokens/s", ".0f"), "steady_tokens_per_second": ("steady", ".0f"),
-           "aggregate_ms": ("aggregate", ".0f"), "merge_ms": ("merge", ".0f"), "train_ms": ("train", ".0f"),
-           "peak_mb": ("peak MB", ".0f"), "extra_mb": ("extra MB", ".1f"), "up_mb": ("MB up", ".0f"), "down_mb": ("MB down", ".0f"),
-           "told_mb": ("MB told", ".0f"), "wire_mb": ("MB wire", ".0f")}
-
-
-def interleaved(variants: Mapping[str, Callable[[], object]], repeats: int = 15, warmup: int = 3) -> dict[str, list[float]]:
-    """Seconds of every call, the variants taking turns, so that a slow spell of the machine hits all of them."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(warmup + repeats):
-        for name, call in variants.items():
-            began = time.perf_counter()
-            call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if number >= warmup:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
-def rows_of(case: str, seconds: Mapping[str, list[float]], against: str, limit: float | None = None) -> list[dict]:
-    """One row a variant: median and quartiles in ms, its time as a multiple of that of the variant `against` and of the limit
-    (seconds)."""
-    base = statistics.median(seconds[against])
-    out = []
-    for name, values in seconds.items():
-        low, middle, high = statistics.quantiles(values if len(values) > 1 else values * 2, n=4)
-        out.append({"case": case, "variant": name, "ms": middle * 1e3, "ms_low": low * 1e3, "ms_high": high * 1e3,
-                    "against": against, "times_against": middle / base, "times_limit": middle / limit if limit else None})
-    return out
-
-
-def device_name() -> str:
-    """The card's name, or how many cores the CPU run used."""
-    return torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else f"cpu-{torch.get_num_threads()}-threads"
 
 
 def reset_peak(device: str = "cpu") -> bool:
@@ -80,21 +41,6 @@ def memory(device: str = "cpu", peak: bool = False) -> float | None:
     return None
 
 
-def matmul_peak(dtype: torch.dtype, device: str = "cpu") -> float:
-    """Operations a second of a large square product in this dtype: the limit of what a product can reach."""
-    n = 8192 if device == "cuda" else 1536
-    a, b = torch.randn(n, n, dtype=dtype, device=device), torch.randn(n, n, dtype=dtype, device=device)
-    return 2 * n**3 / statistics.median(interleaved({"product": lambda: a @ b}, 7, 2)["product"])
-
-
-def copy_bandwidth(device: str = "cpu") -> float:
-    """Bytes a second, read plus written, of copying 256 MB: the limit of what a merge can reach."""
-    source = torch.ones(64 << 20, device=device)
-    target = torch.empty_like(source)
-    values = interleaved({"copy": lambda: target.copy_(source)}, 7, 2)["copy"]
-    return 2 * source.nbytes / statistics.median(values)
-
-
 def publish(name: str, rows: list[dict], others: list[dict] | None = None, keep: bool = False) -> None:
     """Prints a table a case and writes benchmarks/results/<device>/<name>.json with the versions that it depends on, and `others`,
     rows that are not times. keep: cases that the file has and that were not measured now stay, if the versions are the same."""
@@ -102,7 +48,7 @@ def publish(name: str, rows: list[dict], others: list[dict] | None = None, keep:
     console.print(f"{name} on {device_name()}; ms: median (quartiles); x peer: times that of the variant "
                   "marked *; x limit: times the limit")
     for case in dict.fromkeys(row["case"] for row in rows):
-        _show(console, case, [row for row in rows if row["case"] == case])
+        show(console, case, [row for row in rows if row["case"] == case])
     folder = RESULTS / device_name()
     folder.mkdir(parents=True, exist_ok=True)
     about = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads(),
@@ -112,19 +58,3 @@ def publish(name: str, rows: list[dict], others: list[dict] | None = None, keep:
     if keep and path.exists() and (old := json.loads(path.read_text()))["about"] == about:
         rows = [row for row in old["rows"] if row["case"] not in {new["case"] for new in rows}] + rows
     path.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-
-
-def _show(console: Console, case: str, rows: list[dict]) -> None:
-    """The table of a case, with the columns that its rows have."""
-    table = Table(title=case, title_justify="left", box=None)
-    extra = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
-    table.add_column("variant", min_width=36 if len(extra) < 3 else 8)
-    for column in ("ms", "quartiles", "x peer", "x limit", *(COLUMNS[key][0] for key in extra)):
-        table.add_column(column, justify="right", min_width=8 if len(extra) < 3 else 6, no_wrap=True)
-    for row in rows:
-        limit, star = row["times_limit"], "*" * (row["variant"] == row["against"])
-        digits = 3 if row["ms"] < 1000 else 0
-        numbers = ("–" if row.get(key) is None else format(row[key], COLUMNS[key][1]) for key in extra)
-        table.add_row(row["variant"], f"{row['ms']:.{digits}f}", f"{row['ms_low']:.{digits}f} – {row['ms_high']:.{digits}f}",
-                      f"{row['times_against']:.2f}{star}", f"{limit:.2f}" if limit else "–", *numbers)
-    console.print(table)

@@ -8,7 +8,8 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks.measure import RESULTS, device_name
+from benchmarks.measure import RESULTS
+from flora.speed import device_name
 
 # Variant: colour, and line style: whole for flora, dashed for its peers, dotted for the limit.
 STYLES = {"flora, one batch": ("#0072B2", "-"), "flora, one by one": ("#56B4E9", "-"), "PEFT loop": ("#D55E00", "--"),

@@ -47,25 +47,27 @@ def _host() -> tuple[str | None, str]:
     return ", ".join(name for name, here in host.cpu_features().items() if here) or "none of note", ""
 
 
-def main() -> None:
-    """Prints the tables."""
+def diagnose() -> list[tuple[str, str | None, str]]:
+    """(part, what is here or None, what its absence costs) of this machine; flora.kernels.table() says what runs each operator."""
     import torch
 
+    found = [("torch", f"{torch.__version__}, {torch.get_num_threads()} threads", "")]
+    found += [(package, _version(package), cost) for package, cost in COSTS.items()]
+    found += _tools()
+    found.append(("host extension", *_host()))
+    why = keep_large_blocks()
+    return [*found, ("allocator", None if why else "keeps large blocks (flora run sees to it)",
+                     f"as it comes: {why}; large tensors fault their pages in at every step: training is slower on a CPU")]
+
+
+def show() -> None:
+    """Prints the tables."""
     console = Console()
     parts = Table(title="what is here", title_justify="left")
     for column in ("part", "found", "without it"):
         parts.add_column(column)
-    parts.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads", "")
-    for package, cost in COSTS.items():
-        found = _version(package)
-        parts.add_row(package, found or "[red]missing[/red]", "" if found else cost)
-    for name, found, cost in _tools():
-        parts.add_row(name, found or "[red]missing[/red]", "" if found else cost)
-    features, cost = _host()
-    parts.add_row("host extension", features or "[red]missing[/red]", cost)
-    why = keep_large_blocks()
-    parts.add_row("allocator", f"[red]as it comes[/red]: {why}" if why else "keeps large blocks (flora run sees to it)",
-                  "large tensors fault their pages in at every step: training is slower on a CPU" if why else "")
+    for part, found, cost in diagnose():
+        parts.add_row(part, found or "[red]missing[/red]", "" if found else cost)
     console.print(parts)
     table = Table(title="which code runs an operator", title_justify="left")
     for column in ("operator", "device", "backend", "why"):

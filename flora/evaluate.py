@@ -10,6 +10,7 @@ max_new_tokens: the longest answer.
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +27,16 @@ from flora.packing import device_of, line, packable, traits_of
 Row = Mapping[str, Any]
 Route = Callable[[Sequence[int]], None]
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How an answer is written. eos_id: what ends it, one token or several (None: the model's own); temperature: 0 takes the
+    likeliest token each time, above that tokens are drawn, from torch's generator."""
+    max_new_tokens: int = 64
+    pad_id: int = 0
+    eos_id: int | Sequence[int] | None = None
+    temperature: float = 0.0
 
 
 def evaluate(model: nn.Module, rows: Sequence[Row], batch_size: int = 8, pad_id: int = 0) -> dict[str, float]:
@@ -59,14 +70,18 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens:
 
     batch_size prompts a call of the model's `generate`, those of like length together. Raises DataError for an empty prompt.
     """
+    return answers(model, prompts, Decoding(max_new_tokens, pad_id, eos_id), batch_size)
+
+
+def answers(model: nn.Module, prompts: Sequence[Sequence[int]], how: Decoding, batch_size: int = 8) -> list[list[int]]:
+    """What `generate` gives, decoded as `how` says."""
     _check_size(batch_size)
     out: list[list[int]] = [[]] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for start in range(0, len(order), batch_size):
         indices = order[start:start + batch_size]
-        settings = max_new_tokens, pad_id, eos_id
-        answers = _generate(model, [list(prompts[i]) for i in indices], [len(indices)], lambda rows: None, settings)
-        for i, answer in zip(indices, answers, strict=True):
+        found = _generate(model, [list(prompts[i]) for i in indices], [len(indices)], lambda rows: None, how)
+        for i, answer in zip(indices, found, strict=True):
             out[i] = answer
     return out
 
@@ -82,34 +97,37 @@ def generate_clients(model: nn.Module, views: Mapping[str, Adapters | None], pro
     def answer(names: list[str], route: Route) -> list[list[list[int]]]:
         mine = [prompts[name] for name in names]
         flat = [list(prompt) for some in mine for prompt in some]
-        answers = iter(_generate(model, flat, [len(some) for some in mine], route, (max_new_tokens, pad_id, eos_id)))
+        answers = iter(_generate(model, flat, [len(some) for some in mine], route, Decoding(max_new_tokens, pad_id, eos_id)))
         return [[next(answers) for _ in some] for some in mine]
 
     return _for_clients(model, views, answer)
 
 
 def _generate(model: nn.Module, prompts: Sequence[Sequence[int]], counts: Sequence[int], route: Route,
-              settings: tuple[int, int, int | Sequence[int] | None]) -> list[list[int]]:
+              how: Decoding) -> list[list[int]]:
     if not prompts:
         return []
     if not all(prompts):
         raise DataError("expected prompts of at least one token; got an empty one. Start it with the model's first token.")
-    if settings[0] < 1:
-        raise DataError(f"expected max_new_tokens of at least 1; got {settings[0]}. Give answers room for a token.")
-    (new, pad_id, eos_id), width, device = settings, max(map(len, prompts)), device_of(model)
+    if how.max_new_tokens < 1 or how.temperature < 0:
+        raise DataError(f"expected max_new_tokens of at least 1 and a temperature of at least 0; got {how.max_new_tokens} and "
+                        f"{how.temperature:g}. Give answers room for a token.")
+    pad_id, width, device = how.pad_id, max(map(len, prompts)), device_of(model)
     ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
 
     def before(module: nn.Module, args: tuple, kwargs: Mapping[str, Tensor]) -> None:
         route([count * kwargs["input_ids"].shape[1] for count in counts])
 
-    ends = eos_id if eos_id is not None else model.generation_config.eos_token_id
+    ends = how.eos_id if how.eos_id is not None else model.generation_config.eos_token_id
     ends = set(ends) if isinstance(ends, Sequence) else {ends}
     hook = model.register_forward_pre_hook(before, with_kwargs=True)
     try:
         with eval_mode(model):
-            lines = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new, do_sample=False, num_beams=1,
-                                   pad_token_id=pad_id, **({} if eos_id is None else {"eos_token_id": sorted(ends)}))
+            draws = {"temperature": how.temperature, "top_k": 0, "top_p": 1.0} if how.temperature else {}
+            lines = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=how.max_new_tokens, num_beams=1,
+                                   do_sample=bool(draws), pad_token_id=pad_id, **draws,
+                                   **({} if how.eos_id is None else {"eos_token_id": sorted(ends)}))
     finally:
         hook.remove()
     answers = lines[:, width:].tolist()

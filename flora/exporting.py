@@ -3,7 +3,6 @@
 A run folder is the server's: clients' adapters, rows by client, checkpoints, a key. What leaves it is the model, or one adapter in
 the form that PEFT, vLLM, SGLang and llama.cpp read alike, beside a model card that has counts and means but no client's name.
 """
-import argparse
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,7 +56,7 @@ def export(run: str | Path, out: str | Path, client: str | None = None) -> Path:
     if target.exists():
         raise RunError(f"expected a new folder to export to; {target} exists. Choose another --out.")
     config = parse({**load(folder / "config.yaml"), "output_dir": str(folder)}, str(folder / "config.yaml"))
-    source = _source(folder, client)
+    source = result_of(folder, client)
     with staged(target) as made:
         if source.name == "model":
             shutil.copytree(source, made, dirs_exist_ok=True)
@@ -67,7 +66,7 @@ def export(run: str | Path, out: str | Path, client: str | None = None) -> Path:
     return target
 
 
-def _source(folder: Path, client: str | None) -> Path:
+def result_of(folder: Path, client: str | None) -> Path:
     """The folder in the run that holds what is exported."""
     if client is None:
         found = [folder / name for name in ("model", "adapter") if (folder / name).is_dir()]
@@ -117,14 +116,3 @@ def _metrics(measured: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _licence(name: str) -> str:
     return SOURCES[name].licence if name in SOURCES else "unknown"
-
-
-def main(arguments: Sequence[str]) -> None:
-    """The verb."""
-    parser = argparse.ArgumentParser("flora export", description="The result of a finished run, and nothing else of it.",
-                                     allow_abbrev=False)
-    parser.add_argument("run", help="the run's folder")
-    parser.add_argument("--out", required=True, help="a new folder")
-    parser.add_argument("--client", help="one client's last adapter in the place of the global model")
-    own = parser.parse_args(list(arguments))
-    print(export(own.run, own.out, own.client))

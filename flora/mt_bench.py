@@ -73,7 +73,7 @@ def answer_questions(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", que
 
     A prompt that leaves no room for max_new_tokens in the model's positions loses its start. Raises ConfigError where none does.
     """
-    room = _room(model, max_new_tokens)
+    room = room_for_prompt(model, max_new_tokens)
     pad_id, ends = pad_and_ends(model, tokenizer)
     talks = [[{"role": "user", "content": question.turns[0]}] for question in questions]
     for turn in range(2):
@@ -87,8 +87,8 @@ def answer_questions(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", que
             for question, talk in zip(questions, talks, strict=True)]
 
 
-def _room(model: nn.Module, max_new_tokens: int) -> int:
-    """How many tokens a prompt may have."""
+def room_for_prompt(model: nn.Module, max_new_tokens: int) -> int:
+    """How many tokens a prompt may have beside an answer of max_new_tokens. Raises ConfigError where none."""
     places = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     if places <= max_new_tokens:
         raise ConfigError(f"expected max_new_tokens below the model's {places} positions, which hold the question as well; got "

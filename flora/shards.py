@@ -3,7 +3,6 @@
 The names, shapes and orientation of all layers come from the model's own classes, built without weights; everything is checked
 before the first shard is read, and the folder appears under its name only when it is whole.
 """
-import argparse
 import json
 import math
 import shutil
@@ -15,6 +14,7 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from flora import ops
 from flora.adapter import Adapter, Adapters, all_layers
@@ -24,7 +24,7 @@ from flora.files import staged
 from flora.formats import load_peft
 from flora.layer import matrix
 from flora.seeds import derive
-from flora.targets import bases_of
+from flora.targets import bases_of, linear_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -145,6 +145,21 @@ def merge_files(base: str | Path, adapters: Sequence[str | Path], out: str | Pat
     return target
 
 
+def mapped_weights(base: str | Path, model: "PreTrainedModel", layers: Sequence[str]) -> dict[str, Tensor]:
+    """The weights (out, in) of these layers as the base's files hold them: mapped, not read, so that they take no memory of their
+    own. base: as merge_files takes it; model: one of its architecture. Raises DataError, TargetError."""
+    source, bases = _folder(base), linear_modules(model)
+    tensors = _shards(source)
+    places, out = _tensor_names(model, layers, tensors, source), {}
+    for file in sorted({tensors[name] for name in places.values()}):
+        with safe_open(source / file, "pt") as opened:
+            for layer, name in places.items():
+                if tensors[name] == file:
+                    weight = opened.get_tensor(name)
+                    out[layer] = weight.T if matrix(bases[layer]) is not bases[layer].weight else weight
+    return out
+
+
 def _check_target(sources: Sequence[Path], target: Path, overwrite: bool) -> None:
     """Raises RunError where writing to target would replace what is read, or what the user may want to keep."""
     own, here = target.resolve(), Path.cwd().resolve()
@@ -192,23 +207,3 @@ def _merge_shard(source: Path, target: Path, places: Mapping[str, str], turned: 
     ops.merge_many_(own, *([[getattr(a, factor) for a in part] for part in parts] for factor in ("A", "B", "scale")),
                     rounding=rounding, seed=[derive(seed, layer) for layer in places])
     save_file(held, target, metadata)
-
-
-def main(arguments: list[str]) -> None:
-    """The verb."""
-    parser = argparse.ArgumentParser(prog="flora merge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="example: flora merge smollm2-135m adapters/alice adapters/bob --weights 0.7 0.3 "
-                                            "--out merged")
-    parser.add_argument("base", help="a folder with config.json and safetensors, a fetched name, or a name of the hub")
-    parser.add_argument("adapters", nargs="+", metavar="adapter", help="a folder that PEFT wrote; ranks and alphas may differ")
-    parser.add_argument("--weights", nargs="+", type=float, metavar="P", help="p_k of each adapter, as they are (default: 1 / K)")
-    parser.add_argument("--out", required=True, help="the folder to write")
-    parser.add_argument("--rounding", choices=("nearest", "stochastic"), default="nearest", help="of 16-bit weights")
-    parser.add_argument("--seed", type=int, default=0, help="of stochastic rounding")
-    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    o = parser.parse_args(arguments)
-    options = {"rounding": o.rounding, "seed": o.seed, "overwrite": o.overwrite, "quiet": o.quiet}
-    where = merge_files(o.base, o.adapters, o.out, o.weights, **options)
-    p = o.weights or [1 / len(o.adapters)] * len(o.adapters)
-    print(f"merged {len(o.adapters)} adapters, weights {' '.join(f'{one:.6g}' for one in p)}, into {where}")

@@ -38,8 +38,8 @@ class Skew:
     report: Mapping[str, Mapping[str, float]]
 
 
-def skew(config: RunConfig, num_groups: int | None = None, label: str | None = None) -> Skew:
-    """The histograms of the clients of this config, and near-IID groups of them, if a number of groups is given.
+def label_skew(config: RunConfig, num_groups: int | None = None, label: str | None = None) -> Skew:
+    """The histograms of the clients of this config, and num_groups near-IID groups of them, if that is given.
 
     label: a column (None: the partition's label, else `label` where every client has such rows, else hashed tokens).
     Raises DataError, FetchError, ConfigError.

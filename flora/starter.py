@@ -1,9 +1,53 @@
-"""`flora init flower DIR`: a small app of another system that runs flora, to start from."""
+"""`flora init DIR`: a config with comments for one's own data; `flora init flower DIR`: an app of Flower that runs flora."""
+import json
 import re
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
+from flora.data import load_rows
 from flora.errors import ConfigError
 from flora.files import staged
+
+KINDS = ("flower",)
+CONFIG = '''\
+# A federated fine-tuning: flora run @file@
+# Every key is an option too: flora run @file@ --num_rounds 1. All keys: flora run --help.
+
+model_name_or_path: @model@
+# a fetched name (flora fetch lists them), a folder, a .gguf file, or a name of the hub
+
+dataset: @data@
+# .json, .jsonl, .parquet or .csv, or a folder of them; rows with the columns prompt and completion, or messages, or
+# conversations (ShareGPT), or instruction and output (Alpaca), or question and answer
+
+# How rows are dealt to clients: one of these.
+partition: {@partition@}
+#  {by: COLUMN}                             a client for each value of a column: those with the most rows
+#  {iid: true}                              evenly, at random
+#  {dirichlet_alpha: 0.3, label: COLUMN}    skewed by the values of a column
+@columns@
+num_clients: 4
+num_rounds: 3
+
+# A rank a client, as it can afford, or one for all. scale = alpha / rank; 2r: alpha is twice the rank.
+lora_r: [32, 16, 8, 4]
+lora_alpha: 2r
+strategy: flora            # exact, for any ranks; fedit, hetlora, flexlora, ...: flora compare sets them side by side
+
+# A client's training in a round. max_steps or num_train_epochs.
+learning_rate: 3.0e-4
+max_steps: 8
+per_device_train_batch_size: 2
+max_length: 256            # tokens; longer rows lose the start of their prompt first
+
+# Rows that nobody trains on: a fifth of a client's and of all rows at most.
+eval_rows_per_client: 8
+server_eval_rows: 32
+
+seed: 0
+output_dir: @output@
+'''
 
 PYPROJECT = '''\
 [project]
@@ -124,16 +168,59 @@ grep -q 'the run is in' "$home/run.log" || { echo "the run has failed" >&2; exit
 '''
 
 
-def init(kind: str, folder: str | Path) -> Path:
-    """Writes an app and returns its folder. kind: "flower". Raises ConfigError for another, or a folder that is not empty."""
-    if kind != "flower":
-        raise ConfigError(f"expected flower; got {kind!r}. flora init flower DIR writes an app for Flower.")
+def init(kind: str, folder: str | Path, *, data: str | Path | None = None, model: str | None = None) -> Path:
+    """Writes what a run starts from into a new folder, and returns it. kind: "config" (config.yaml, for `flora run`) or "flower"
+    (an app). data, model: of a config; rows are read, and their columns named (None: chitchat, by sender, on smollm2-135m).
+
+    Raises ConfigError for another kind, or a folder that is not empty; DataError for data that cannot be read.
+    """
+    if kind not in ("config", *KINDS):
+        raise ConfigError(f"expected flower, or a folder alone; got {kind!r}. flora init DIR writes a config, flora init flower "
+                          "DIR an app for Flower.")
+    if kind != "config" and (data or model):
+        raise ConfigError("expected --data and --model with a config alone; got an app, whose pyproject.toml has these keys. Leave "
+                          "them out.")
     folder = Path(folder).expanduser().resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"expected a new or empty folder; got {folder}, which holds something. Choose another.")
+    if kind == "config":
+        return _write(folder, {"config.yaml": CONFIG}, _config_words(folder, data, model))
     words = {"name": re.sub(r"[^a-z0-9]+", "-", folder.name.lower()).strip("-") or "flora-app", "output": str(folder / "run")}
+    return _write(folder, {"pyproject.toml": PYPROJECT, "flora_app.py": APP, "README.md": README, "simulate.sh": SIMULATE}, words)
+
+
+def next_step(kind: str, folder: Path) -> str:
+    """What to do with what `init` has written."""
+    if kind == "config":
+        return f"flora run {shlex.quote(str(folder / 'config.yaml'))}"
+    return f"{folder / 'README.md'} says how to run it"
+
+
+def _config_words(folder: Path, data: str | Path | None, model: str | None) -> dict[str, str]:
+    """A path is written out whole: a run may be started anywhere. JSON's strings are YAML's."""
+    words = {"file": str(folder / "config.yaml"), "model": _name(model or "smollm2-135m"),
+             "output": json.dumps(str(folder / "run"))}
+    if data is None:
+        return words | {"data": "chitchat             # who wrote to whom; put your own file here", "partition": "by: sender",
+                        "columns": ""}
+    found: dict[str, set[str]] = {}
+    for row in load_rows(data):
+        for name, value in row.items():
+            if isinstance(value, (str, int)) and name not in ("prompt", "completion"):
+                found.setdefault(name, set()).add(str(value))
+    said = ", ".join(f"{' '.join(name.split())} ({len(values)} values)" for name, values in found.items())
+    return words | {"data": _name(data), "partition": "iid: true", "columns": f"#  your columns: {said or 'only the text'}\n"}
+
+
+def _name(given: str | Path) -> str:
+    """A name, or the whole path of what is there."""
+    path = Path(given).expanduser()
+    return json.dumps(str(path.resolve()) if path.exists() else str(given))
+
+
+def _write(folder: Path, files: Mapping[str, str], words: Mapping[str, str]) -> Path:
     with staged(folder) as stage:
-        for name, text in (("pyproject.toml", PYPROJECT), ("flora_app.py", APP), ("README.md", README), ("simulate.sh", SIMULATE)):
+        for name, text in files.items():
             for word, value in words.items():
                 text = text.replace(f"@{word}@", value)
             (stage / name).write_text(text, encoding="utf-8")

@@ -41,7 +41,9 @@ def prepare(place: Path) -> None:
     """The files of a reader: a cache, rows, a config, a finished run, two adapters that PEFT wrote."""
     fetched(place / "cache")
     write_rows(place / "mine.jsonl")
-    (place / "config.yaml").write_text(yaml.safe_dump(SETTINGS), encoding="utf-8")
+    (place / "my-run").mkdir()
+    for config in ("config.yaml", "my-run/config.yaml"):        # the second: of flora init
+        (place / config).write_text(yaml.safe_dump(SETTINGS), encoding="utf-8")
     for name, rank in (("alice", 4), ("bob", 2)):
         save_peft({f"model.layers.{block}.self_attn.q_proj": adapter(16, 16, rank) for block in (0, 1)}, place / name,
                   base_model="smollm2-135m")

@@ -8,7 +8,7 @@ from tiny import save_model, write_rows
 
 from flora.cli import main
 from flora.config import parse
-from flora.skew import skew
+from flora.skew import label_skew
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_the_rows_are_those_that_the_run_trains_on(place):
     moods = {text: json.loads(line)["mood"] for text, line in lines.items()}
     config = parse({"dataset": "rows.jsonl", "model_name_or_path": "model", "num_clients": 4, "max_examples_per_client": 15,
                     "server_eval_rows": 6, "device": "cpu", "partition": {"dirichlet_alpha": 2.0, "label": "mood"}})
-    seen, job = skew(config), prepare(config, lambda _: None)
+    seen, job = label_skew(config), prepare(config, lambda _: None)
     assert seen.rows == {client.name: len(client.rows) for client in job.clients} and seen.groups == []
     words = job.tokenizer.decode
     for client in job.clients:

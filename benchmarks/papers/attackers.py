@@ -16,7 +16,6 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.measure import device_name
 from benchmarks.papers.classifier import LABELS, TARGETS, Classifier, Labels, base, scores, tweets
 from benchmarks.papers.run import RESULTS
 from flora.adapter import Adapter, norm
@@ -27,6 +26,7 @@ from flora.inbox import Trust
 from flora.messages import Update
 from flora.nn import applied, target_shapes
 from flora.server import Server, first_broadcast
+from flora.speed import device_name
 from flora.spread import spread
 from flora.strategies.robust import Robust
 from flora.tables import Page, plus_minus

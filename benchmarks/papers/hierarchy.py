@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from benchmarks.measure import device_name
 from benchmarks.papers.classifier import BLOCKS, LABELS, TARGETS, Classifier, Labels, base, scores, tweets
 from benchmarks.papers.run import RESULTS
 from flora import skew as labels
@@ -34,6 +33,7 @@ from flora.grouping import histograms
 from flora.nn import applied, target_shapes
 from flora.plots import draw
 from flora.server import Server, first_broadcast
+from flora.speed import device_name
 from flora.spread import over_seeds
 from flora.tables import Page, clock
 from flora.timing import by_clock

@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 import flora
-from benchmarks.measure import device_name
 from flora.config import parse
 from flora.engines.prepare import environment
+from flora.speed import device_name
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"

@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from benchmarks.measure import device_name
 from benchmarks.papers.run import RESULTS
 from flora.adapter import Adapters
 from flora.client import LocalClient, TrainConfig
@@ -24,6 +23,7 @@ from flora.data.batches import Batch
 from flora.nn import applied, target_shapes
 from flora.seeds import derive
 from flora.server import Server, first_broadcast
+from flora.speed import device_name
 from flora.spread import paired, spread
 from flora.strategies import come_home, leave_home, strategy_named
 from flora.tables import Page, plus_minus
