@@ -16,7 +16,7 @@ _WHERE = {
     "Group": "group", "GroupCohort": "group", "compare": "comparison", "verify": "verification",
 }
 _MODULES = ("adapter", "cli", "client", "cohort", "config", "data", "engines", "errors", "evaluate", "formats", "group", "kernels",
-            "layer", "messages", "nn", "ops", "report", "server", "strategies")
+            "layer", "messages", "nn", "ops", "page", "report", "server", "strategies")
 __all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:

@@ -20,6 +20,8 @@ flora: federated LoRA fine-tuning with mixed ranks, aggregated exactly
   flora compare [CONFIG.yaml] --strategies A,B[:key=value] [--seeds 0,1,2] [--lr-grid 1e-4,1e-3] [--key value ...]
                                               strategies on equal terms       flora compare c.yaml --strategies flora,fedit
   flora verify FOLDER                         aggregates, recomputed in fp64  flora verify runs/demo
+  flora report RUN [RUN ...] [--out FILE.html]
+                                              one HTML page of plots, tables  flora report runs/demo
   flora export FOLDER --out DIR [--client NAME]
                                               the result, with a model card   flora export runs/demo --out demo-model
   flora partition [CONFIG.yaml] [--groups N] [--plot FILE.svg] [--label COLUMN] [--key value ...]
@@ -168,6 +170,12 @@ def _merge(arguments: list[str]) -> None:
     merge(arguments)
 
 
+def _report(arguments: list[str]) -> None:
+    from flora.page import main as report
+
+    report(arguments)
+
+
 def _export(arguments: list[str]) -> None:
     from flora.exporting import main as export
 
@@ -194,8 +202,9 @@ def _doctor(arguments: list[str]) -> None:
     doctor()
 
 
-VERBS = {"run": _run, "resume": _resume, "compare": _compare, "verify": _verify, "partition": _partition, "fetch": _fetch,
-         "merge": _merge, "export": _export, "init": _init, "tune": _tune, "doctor": _doctor}
+VERBS = {"run": _run, "resume": _resume, "compare": _compare, "verify": _verify, "report": _report,
+         "export": _export, "partition": _partition, "fetch": _fetch, "merge": _merge, "init": _init, "tune": _tune,
+         "doctor": _doctor}
 
 
 def _call(arguments: list[str]) -> None:
@@ -211,7 +220,7 @@ def _call(arguments: list[str]) -> None:
         import difflib
         near = difflib.get_close_matches(verb, VERBS, 1)
         raise _Usage(f"no such verb: {verb}" + (f"; did you mean {near[0]}?" if near else ""))
-    if verb not in ("run", "merge", "tune", "export") and rest and rest[0] in ("-h", "--help"):
+    if verb not in ("run", "merge", "tune", "export", "report") and rest and rest[0] in ("-h", "--help"):
         print(USAGE, end="")
         return
     VERBS[verb](rest)

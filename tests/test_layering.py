@@ -22,15 +22,17 @@ LAYERS = [
     ["engines.scores"], ["engines.guards"], ["engines.prepare"], ["engines.processes"], ["engines.hierarchy"], ["engines.traffic"],
     ["engines.measure", "engines.plan", "engines.merge_log"], ["engines.party", "engines.remote"],
     ["engines.local", "engines.flower", "engines.nvflare"], ["engines"],
-    ["integrations"], ["doctor", "tuning", "shards", "comparison", "verification", "skew", "exporting", "starter"], ["cli"]]
+    ["integrations"], ["doctor", "tuning", "shards", "comparison", "verification", "skew", "exporting", "starter"],
+    ["page"], ["cli"]]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-PACKAGES = ("strategies", "data", "integrations", "kernels.triton")     # their own files may import each other
+PACKAGES = ("strategies", "data", "integrations", "kernels.triton", "page")     # their own files may import each other
 LIGHT = {"torch", "numpy", "safetensors", "flora"}
 HEAVY_ALLOWED = {"config": {"pydantic", "yaml"}, "sections": {"pydantic"}, "report": {"rich"}, "doctor": {"rich"},
                  "engines.local": {"rich", "yaml"}, "engines.plan": {"rich"},
                  "engines.remote": {"yaml"}, "engines.flower": {"flwr", "yaml"}, "engines.nvflare": {"nvflare", "yaml"},
                  "kernels.triton": {"triton"}, "shards": {"rich"},
                  "tables": {"rich"}, "comparison": {"rich", "yaml"}, "verification": {"rich"}, "skew": {"rich"},
+                 "page": {"jinja2", "markupsafe", "plotly"},
                  "integrations": {"peft"}}
 
 
