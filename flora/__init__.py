@@ -16,10 +16,10 @@ _WHERE = {
     "Group": "group", "GroupCohort": "group", "compare": "comparison", "verify": "verification", "resume": "engines.local",
     "label_skew": "skew", "eval_model": "evaluation", "chat": "conversation", "export": "exporting", "merge_files": "shards",
     "init": "starter", "fetch": "data", "bench": "benchmark", "tune": "tuning", "diagnose": "doctor",
-    "completion_script": "verbs.completion",
+    "completion_script": "verbs.completion", "write_report": "page",
 }
 _MODULES = ("adapter", "cli", "client", "cohort", "config", "data", "engines", "errors", "evaluate", "formats", "group", "grouping",
-            "kernels", "layer", "messages", "nn", "ops", "report", "server", "strategies")
+            "kernels", "layer", "messages", "nn", "ops", "page", "report", "server", "strategies")
 __all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from flora.layer import LoRALinear
     from flora.messages import Broadcast, Update
     from flora.nn import adapters, attach, detach, load_adapters, merge
+    from flora.page import write_report
     from flora.shards import merge_files
     from flora.skew import label_skew
     from flora.starter import init

@@ -122,6 +122,13 @@ def finished(place: Path) -> dict:
     return {}
 
 
+def reported(place: Path) -> dict:
+    """Two runs."""
+    for name in "ab":
+        flora.run({**SETTINGS, "output_dir": f"runs/{name}"})
+    return {}
+
+
 def demo(place: Path) -> dict:
     """The demo's folder, of fewer steps and blocks, and what `flora export` makes of it."""
     from flora.config import load
@@ -142,4 +149,4 @@ def secure(place: Path) -> dict:
 
 SETUPS = {"cohort": cohort, "compare": finished, "own-loop": own_loop, "tutorial-demo": demo, "kernels": operators,
           "merge": merges, "hierarchical": hierarchical, "fleet": devices, "peft": peft,
-          "security-privacy": private, "security-sketch": secure}
+          "security-privacy": private, "report": reported, "security-sketch": secure}

@@ -25,9 +25,9 @@ LAYERS = [
     ["engines.local", "engines.flower", "engines.nvflare"], ["engines"],
     ["integrations"], ["options", "speed"],
     ["doctor", "tuning", "shards", "comparison", "verification", "skew", "exporting", "starter", "benchmark"],
-    ["outcome"], ["evaluation", "conversation"], ["verbs"], ["cli"]]
+    ["page"], ["outcome"], ["evaluation", "conversation"], ["verbs"], ["cli"]]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-PACKAGES = ("strategies", "data", "integrations", "kernels.triton", "verbs")     # their own files may import each other
+PACKAGES = ("strategies", "data", "integrations", "kernels.triton", "page", "verbs")     # their own files may import each other
 LIGHT = {"torch", "numpy", "safetensors", "flora"}
 HEAVY_ALLOWED = {"config": {"pydantic", "yaml"}, "sections": {"pydantic"}, "report": {"rich"}, "display": {"rich"},
                  "doctor": {"rich"}, "engines.local": {"rich", "yaml"}, "engines.plan": {"rich"},
@@ -35,6 +35,7 @@ HEAVY_ALLOWED = {"config": {"pydantic", "yaml"}, "sections": {"pydantic"}, "repo
                  "kernels.triton": {"triton"}, "shards": {"rich"},
                  "tables": {"rich"}, "comparison": {"rich", "yaml"}, "verification": {"rich"}, "skew": {"rich"}, "speed": {"rich"},
                  "benchmark": {"rich"}, "evaluation": {"rich"}, "conversation": {"rich"},
+                 "page": {"jinja2", "markupsafe", "plotly"},
                  "integrations": {"peft"}}
 
 

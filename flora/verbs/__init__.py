@@ -10,6 +10,7 @@ VERBS = {
     "partition": Verb(runs.partition, "label_skew"),
     "eval": Verb(results.evaluate, "eval_model"),
     "chat": Verb(results.chat, "chat"),
+    "report": Verb(results.report, "write_report"),
     "export": Verb(results.export, "export"),
     "merge": Verb(results.merge, "merge_files"),
     "init": Verb(machine.init, "init"),

@@ -68,6 +68,23 @@ def chat(parser: Parser) -> Call:
     return call
 
 
+def report(parser: Parser) -> Call:
+    """Writes one HTML page of runs: plots and tables.
+
+    It asks the network for nothing. A folder of flora compare stands for its runs; runs that differ by their seed are one line.
+
+    flora report runs/demo
+    flora report runs/a runs/b --out both.html
+    """
+    parser.add_argument("folders", nargs="+", metavar="RUN", help="a run's folder, or one of flora compare")
+    parser.add_argument("--out", metavar="FILE.html", help="where to (default: RUN/report.html; of several, ./report.html)")
+
+    def call(given: Namespace) -> None:
+        from flora.page import write_report
+        print(write_report(given.folders, given.out))
+    return call
+
+
 def export(parser: Parser) -> Call:
     """Writes the result of a finished run, with a model card.
 
