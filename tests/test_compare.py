@@ -155,7 +155,7 @@ def test_a_bad_entry_is_refused_before_anything_runs(place, monkeypatch, entries
 
 
 @pytest.mark.parametrize(("arguments", "code", "says"), [
-    ([], 2, "expected --strategies"), (["--strategies", "flora", "--seeds", "a"], 2, "expected numbers"),
+    ([], 2, "required: --strategies"), (["--strategies", "flora", "--seeds", "a"], 2, "expected numbers"),
     (["--strategies", "flora", "--seeds", "0,0"], 1, "each once"), (["none.yaml", "--strategies", "flora"], 1, "none.yaml"),
     (["--strategies", "flora:learning_rate=1", "--lr-grid", "1,2"], 1, "without learning_rate")], ids=str)
 def test_wrong_words_on_the_command_line(tmp_path, monkeypatch, capsys, arguments, code, says):
