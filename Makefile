@@ -47,7 +47,7 @@ soak: install
 ENGINES := .venv-engines
 $(ENGINES)/.installed: $(STAMP)
 	test -x $(ENGINES)/bin/python || $(PY) -m venv $(ENGINES)
-	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(ENGINES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/over.pth"
+	$(PY) -c 'import sysconfig; print("import site; site.addsitedir({!r})".format(sysconfig.get_path("purelib")))' > "$$($(ENGINES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/over.pth"
 	$(ENGINES)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt 'flwr[simulation]>=1.41,<1.43' 'nvflare>=2.9'
 	@touch $@
 

@@ -18,7 +18,8 @@ RESULTS = Path(__file__).parent / "results"
 # What a row may hold besides its time: the column's title and how the number is written.
 COLUMNS = {"tokens_per_second": ("tokens/s", ".0f"), "steady_tokens_per_second": ("steady", ".0f"),
            "aggregate_ms": ("aggregate", ".0f"), "merge_ms": ("merge", ".0f"), "train_ms": ("train", ".0f"),
-           "peak_mb": ("peak MB", ".0f"), "extra_mb": ("extra MB", ".1f")}
+           "peak_mb": ("peak MB", ".0f"), "extra_mb": ("extra MB", ".1f"), "up_mb": ("MB up", ".0f"), "down_mb": ("MB down", ".0f"),
+           "told_mb": ("MB told", ".0f"), "wire_mb": ("MB wire", ".0f")}
 
 
 def interleaved(variants: Mapping[str, Callable[[], object]], repeats: int = 15, warmup: int = 3) -> dict[str, list[float]]:

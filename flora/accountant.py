@@ -39,7 +39,7 @@ def _epsilon(z: float, delta: float, rounds: int, q: float) -> float:
 
 
 def epsilon(noise_multiplier: float, delta: float, rounds: int, q: float = 1.0) -> float:
-    """ε after so many rounds with this z: 0 for none, infinity without noise.
+    """ε at this delta after so many rounds with z = noise_multiplier: 0 for none, infinity without noise.
 
     q: the probability that a client is sampled in a round. For one example of a client, which is in one step of every epoch,
     rounds is how often it is used and q is 1: nothing is gained from sampling. Raises ConfigError.
@@ -51,7 +51,7 @@ def epsilon(noise_multiplier: float, delta: float, rounds: int, q: float = 1.0) 
 
 
 def noise_for(target: float, delta: float, rounds: int, q: float = 1.0) -> float:
-    """The smallest z (to 1e-3 of it) whose ε after so many rounds is `target` at most. Raises ConfigError."""
+    """The smallest z (to 1e-3 of it) whose ε at this delta after so many rounds is `target` at most. Raises ConfigError."""
     _check(delta, rounds, q)
     if not 0.0 < target < math.inf or rounds == 0:
         raise ConfigError(f"expected a positive, finite epsilon and at least 1 round; got {target} and {rounds}")

@@ -130,7 +130,7 @@ def mean(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
 
 
 def combine(adapters: Sequence[Adapter], coefficients: Sequence[float]) -> Adapter:
-    """A = Σ c_k A_k, B = Σ c_k B_k: a linear step on the factors, of any sign.
+    """A = Σ c_k A_k, B = Σ c_k B_k with coefficients c of any sign: a linear step on the factors.
 
     Adapters of different scale are first written at one common scale (their |c|-weighted mean, same ΔW_k), since factors
     trained under different alpha / r do not average. Sums run in fp32; dtypes promote, as in stack. Raises AdapterError for
@@ -149,7 +149,7 @@ def combine(adapters: Sequence[Adapter], coefficients: Sequence[float]) -> Adapt
 
 
 def common_scale(adapters: Sequence[Adapter], coefficients: Sequence[float]) -> Tensor:
-    """The scale (r,) that all share, to the bit, or else the mean of their |scale|, weighted by |c|."""
+    """The scale (r,) that all share, to the bit, or else the mean of their |scale|, weighted by |coefficients|."""
     scale = adapters[0].scale
     if all(torch.equal(a.scale, scale) for a in adapters):
         return scale
@@ -228,9 +228,9 @@ def _times_Q(QR: tuple[Tensor, Tensor], right: Tensor) -> Tensor:
 
 
 def of_dense(delta: Tensor, rank: int | None = None, tol: float | None = None) -> tuple[Adapter, float]:
-    """The best adapter of a dense sum (a streaming server's; out, in) at this rank or relative error, as compress gives it, and
-    its relative error in the Frobenius norm. With a rank alone by a seeded randomised SVD. In fp32, or fp64 of an fp64
-    sum. Raises AdapterError as compress does."""
+    """The best adapter of a dense delta (out, in), such as a streaming server's sum, at this rank or relative error, as compress
+    gives it, and its relative error in the Frobenius norm. With a rank alone by a seeded randomised SVD. In fp32, or fp64 of an
+    fp64 sum. Raises AdapterError as compress does."""
     _check_bounds(rank, tol)
     full, delta = min(delta.shape), delta.to(_sum_dtype(delta))
     if rank is not None and tol is None and rank + 8 < full // 2:
@@ -277,17 +277,17 @@ def fold(a: Adapter) -> Adapter:
 
 
 def fresh(shape: tuple[int, int], rank: int, alpha: float, seed: int) -> Adapter:
-    """An untrained adapter for a weight (out, in): A uniform in ±1/√in, B zero (so ΔW = 0), scale alpha / rank, fp32 on the CPU.
+    """An untrained adapter for a weight of shape (out, in): A uniform in ±1/√in, B zero (so ΔW = 0), scale alpha / rank, fp32 on
+    the CPU.
 
     The numbers depend on seed alone. Raises AdapterError for a rank under 1. Reference: LoRA, arXiv 2106.09685, section 4.1.
     """
     if rank < 1:
         raise AdapterError(f"expected a rank of at least 1; got {rank}")
     out_features, in_features = shape
-    generator = torch.Generator().manual_seed(seed)
-    cpu = torch.device("cpu")                                  # and fp32, whatever default a context has set
-    A = (torch.rand(rank, in_features, generator=generator, dtype=torch.float32, device=cpu) * 2 - 1) / in_features**0.5
-    return Adapter(A, torch.zeros(out_features, rank, dtype=torch.float32, device=cpu), alpha / rank)
+    generator = torch.Generator().manual_seed(seed)             # on the CPU and in fp32, whatever default a context has set
+    A = (torch.rand(rank, in_features, generator=generator, dtype=torch.float32, device="cpu") * 2 - 1) / in_features**0.5
+    return Adapter(A, torch.zeros(out_features, rank, dtype=torch.float32, device="cpu"), alpha / rank)
 
 
 def fresh_adapters(shapes: Mapping[str, tuple[int, int]], rank: int, alpha: float, *seed: int | str) -> dict[str, Adapter]:

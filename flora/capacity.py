@@ -28,7 +28,8 @@ class Memory:
 
 
 def blocks(shapes: Shapes) -> list[int]:
-    """The indices of the blocks that have adapters, from the input to the output. Raises ConfigError where layers have none."""
+    """The indices of the blocks that have adapters (shapes: (out, in) by layer), from the input to the output. Raises ConfigError
+    where layers have none."""
     found = blocks_of(shapes)
     if not found:
         raise ConfigError(f"depth: expected layers of numbered blocks, such as model.layers.3.q_proj; got {list(shapes)[:3]}")
@@ -36,20 +37,21 @@ def blocks(shapes: Shapes) -> list[int]:
 
 
 def needed_mb(shapes: Shapes, rank: int, depth: int, memory: Memory) -> float:
-    """Memory that training takes at this rank in the `depth` blocks nearest the output; layers outside blocks do not train."""
+    """Memory that training layers of these shapes takes at this rank in the `depth` blocks nearest the output; layers outside
+    blocks do not train."""
     top = set(blocks(shapes)[-depth:]) if depth > 0 else set()
     numbers = rank * sum(sum(shape) for name, shape in shapes.items() if layer_index(name) in top)
     return memory.base_mb + len(top) * memory.activation_mb + memory.bytes_a_number * numbers / 1e6
 
 
 def most_depth(device: Device, shapes: Shapes, rank: int, memory: Memory) -> int:
-    """The most blocks that the device can train at this rank; 0 where it cannot train one."""
+    """The most blocks of these shapes that the device can train at this rank; 0 where it cannot train one."""
     return max((depth for depth in range(1, len(blocks(shapes)) + 1)
                 if needed_mb(shapes, rank, depth, memory) <= device.kind.memory_mb), default=0)
 
 
 def most_rank(device: Device, shapes: Shapes, depth: int, memory: Memory, limit: int = 64) -> int:
-    """The largest rank up to limit that the device can train in so many blocks; 0 where it cannot train rank 1."""
+    """The largest rank up to limit that the device can train in `depth` blocks of these shapes; 0 where it cannot train rank 1."""
     if depth < 1 or limit < 1:
         raise ConfigError(f"expected a depth and a limit of at least 1; got {depth} and {limit}")
     fixed, one = needed_mb(shapes, 0, depth, memory), needed_mb(shapes, 1, depth, memory)
@@ -58,7 +60,8 @@ def most_rank(device: Device, shapes: Shapes, depth: int, memory: Memory, limit:
 
 def ranks(found: Mapping[str, Device], shapes: Shapes, depth: int, memory: Memory,
           limit: int = 64) -> tuple[dict[str, int], dict[str, str]]:
-    """Rank of every client whose device can hold one, and why the others are left out. Raises ConfigError where that is all."""
+    """Rank, up to limit, of every client whose device (found) can hold one for these shapes, and why the others are left out.
+    Raises ConfigError where that is all."""
     fit = {name: most_rank(device, shapes, depth, memory, limit) for name, device in found.items()}
     least = needed_mb(shapes, 1, depth, memory)
     out = {name: f"{found[name].name} ({found[name].kind.name}) has {found[name].kind.memory_mb:g} MB; rank 1 in {depth} blocks "

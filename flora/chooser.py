@@ -31,7 +31,9 @@ RANGE = (0.05, 0.95)                                            # of the exponen
 class Estimate(Protocol):
     """What `choose` asks of a benefit; it must not fall with either number."""
 
-    def estimate(self, group: str, inner_rounds: int, depth: int) -> float: ...
+    def estimate(self, group: str, inner_rounds: int, depth: int) -> float:
+        """What so many inner rounds of a group at this depth are worth, in any unit."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,8 @@ class Benefit:
         return scale * inner_rounds ** self.exponents[0] * (depth / self.layers) ** self.exponents[1]
 
     def observe(self, group: str, inner_rounds: int, depth: int, loss_before: float, loss_after: float) -> None:
-        """Fits anew with one more round of a group; a loss that did not fall counts as a decrease of LEAST. Raises ConfigError for
-        losses that are not finite and positive, and for a depth that is not of this model."""
+        """Fits anew with one more round of a group, from loss_before to loss_after; a loss that did not fall counts as a decrease
+        of LEAST. Raises ConfigError for losses that are not finite and positive, and for a depth that is not of this model."""
         if not (0 < loss_before < math.inf and 0 <= loss_after < math.inf):
             raise ConfigError(f"group {group!r}: expected finite losses, a positive one before; got {loss_before} and {loss_after}")
         if inner_rounds < 1 or not 1 <= depth <= self.layers:
@@ -170,7 +172,8 @@ def left_out(groups: Groups, cost: Cost, budget: Budget) -> dict[str, str]:
 
 
 def frontier(members: Sequence[str], cost: Cost, budget: Budget) -> dict[int, int]:
-    """The most inner rounds that fit at every depth: what a deeper group pays in frequency. Depths without one are left out."""
+    """The most inner rounds of these members that fit at every depth: what a deeper group pays in frequency. Depths without one are
+    left out."""
     best: dict[int, int] = {}
     for inner_rounds, depth in _pairs(members, cost, budget, 1.0):
         best[depth] = max(inner_rounds, best.get(depth, 0))

@@ -108,7 +108,7 @@ class Cohort:
         return self.team.fit(self, broadcast, views, on_step) if self.team else self.fit_here(broadcast, views, on_step)
 
     def fit_here(self, broadcast: Broadcast, views: Sequence[Adapters | None], on_step: OnStep | None = None) -> list[Update]:
-        """As fit, in this process alone. views: the frozen ranks of each client."""
+        """As fit (on_step too), in this process alone. views: the frozen ranks of each client."""
         clock = Clock(device_of(self.model))
         with clock("merge"):
             bring_to(self.model, broadcast, self.merge_config)

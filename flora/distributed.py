@@ -105,11 +105,11 @@ class Team:
         return data if own else whole.numpy().tobytes()
 
     def say(self, data: bytes = b"") -> bytes:
-        """What process 0 says to all."""
+        """The data of process 0, on all."""
         return self._from(0, data)
 
     def gather(self, data: bytes) -> list[bytes]:
-        """What every process gives, on all, in their order."""
+        """The data of every process, on all, in their order."""
         return [self._from(k, data) for k in range(self.count)]
 
     def together(self, work: Callable[[], tuple[T, bytes]]) -> tuple[T, list[bytes]]:
@@ -146,7 +146,7 @@ class Team:
 
     def fit(self, cohort: "Cohort", broadcast: Broadcast, views: Sequence[Adapters | None], on_step: OnStep | None) -> list[Update]:
         """Cohort.fit, its clients shared out: every process calls it with the same arguments and gets all updates, in the clients'
-        order. views: the frozen ranks of each."""
+        order. views: the frozen ranks of each; on_step: as there."""
         if holds_shards(cohort.model):
             raise ConfigError("expected a base that every process holds whole, to train clients of its own; got a sharded one, "
                               "which all pass through together. Leave cohort.team None: every process then trains all clients.")

@@ -93,7 +93,7 @@ class RunError(FloraError, RuntimeError):
 
 @contextmanager
 def needs(package: str, extra: str) -> Iterator[None]:
-    """Around the import of an optional package: where it is missing, ConfigError says how to install it."""
+    """Around the import of an optional package: where it is missing, ConfigError says how to install it (flora[extra])."""
     try:
         yield
     except ImportError as error:

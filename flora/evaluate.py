@@ -3,6 +3,9 @@ client's own.
 
 In eval mode and without randomness. Personal models are the base with each client's adapters on that client's rows, routed as in
 training: one pass serves several clients, and no adapter is attached and detached in turn.
+
+batch_size: sequences a pass; pad_id: the token id that fills batches; views: the adapters of each client by name (None: the base);
+max_new_tokens: the longest answer.
 """
 import contextlib
 import math

@@ -125,7 +125,7 @@ def devices(classes: Sequence[DeviceClass], seed: int = 0) -> list[Device]:
 
 
 def assign(clients: Sequence[str], found: Sequence[Device]) -> dict[str, Device]:
-    """A device for every client, in order. Raises ConfigError where there are not as many."""
+    """A device out of those found for every client, in order. Raises ConfigError where there are not as many."""
     if len(clients) != len(found):
         raise ConfigError(f"fleet: expected one device a client ({len(clients)}); got {len(found)}. Change the counts of the "
                           "classes, or num_clients.")
@@ -152,13 +152,14 @@ class Fleet:
             raise ConfigError(f"fleet: backhaul_mbps: expected a positive number; got {self.backhaul_mbps}")
 
     def kind(self, client: str) -> DeviceClass:
+        """The class of a client's device. Raises ConfigError where it has none."""
         if client not in self.devices:
             raise ConfigError(f"fleet: expected a device for client {client!r}; got devices for "
                               f"{', '.join(sorted(self.devices)[:8])}")
         return self.devices[client].kind
 
     def backhaul(self, count: float) -> float:
-        """Seconds of so many bytes."""
+        """Seconds of `count` bytes between a group's server and the server."""
         return 0.0 if self.backhaul_mbps is None else 8e-6 * count / self.backhaul_mbps
 
     def expected(self, group: GroupWork, caution: float = 0.0) -> float:
@@ -174,7 +175,8 @@ class Fleet:
 
     def round(self, number: int, groups: Mapping[str, GroupWork], deadline: float | None = None,
               enough: int | None = None) -> Round:
-        """The clock of a round. enough: an inner round ends when so many of a group's members are back, and the others are late.
+        """The clock of round `number`. enough: an inner round ends when so many of a group's members are back, and the others are
+        late.
 
         Raises ConfigError for a client in two groups or without a device, and for a deadline that nobody would meet without chance.
         """

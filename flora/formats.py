@@ -34,7 +34,7 @@ def _one_scale(a: Adapter) -> Adapter:
 
 
 def peft_form(adapters: Adapters, prefix: str = PREFIX) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(tensors, configuration) of adapters as PEFT has them: its keys in the adapters' order, copies on the CPU; what
+    """(tensors, configuration) of adapters as PEFT has them: keys with this prefix in the adapters' order, copies on the CPU; what
     adapter_config.json says of r, alpha, patterns and targets. Raises AdapterError for no adapters.
     """
     if not adapters:
@@ -72,7 +72,7 @@ def _write(path: str | Path, tensors: Mapping[str, torch.Tensor], config: Mappin
 def save_peft(adapters: Adapters, path: str | Path, base_model: str | None = None) -> Path:
     """Writes adapters as a folder that `peft.PeftModel.from_pretrained` loads, with the same ΔW. Returns the folder.
 
-    Raises AdapterError for no adapters.
+    base_model: what its configuration names as the base. Raises AdapterError for no adapters.
     """
     return _write(path, *peft_form(adapters), base_model)
 
@@ -83,8 +83,8 @@ def save_portable(adapters: Adapters, path: str | Path, base_model: str | None =
     Scales are folded into B (in fp32, where they are not 1), every layer is padded with zeros to the largest rank R, and
     r = lora_alpha = R, so alpha / r = 1 for whoever reads r, the tensors, or no pattern. target_modules are last names, as servers
     expect them; layers that share one and have no adapter get one of ΔW = 0 in PEFT. A rank above 512, the most that vLLM takes,
-    is compressed where that is exact (min(out, in) <= 512). Returns the folder. Raises AdapterError for any other, and for no
-    adapters.
+    is compressed where that is exact (min(out, in) <= 512). base_model: what the configuration names as the base. Returns the
+    folder. Raises AdapterError for any other rank, and for no adapters.
     """
     if not adapters:
         raise AdapterError("expected adapters of at least one layer to save; got none")
@@ -112,14 +112,14 @@ def _by_pattern(patterns: Mapping[str, float], layer: str, default: float) -> fl
 
 
 def peft_scaling(config: Mapping[str, Any], layer: str) -> float:
-    """alpha / r of a layer, or alpha / √r for rsLoRA, with rank_pattern and alpha_pattern."""
+    """alpha / r of a layer, or alpha / √r for rsLoRA, by a config with rank_pattern and alpha_pattern."""
     rank = _by_pattern(config.get("rank_pattern") or {}, layer, config["r"])
     alpha = _by_pattern(config.get("alpha_pattern") or {}, layer, config["lora_alpha"])
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def check_plain(config: object, where: object) -> None:
-    """Raises AdapterError, which begins with `where`, unless this is the configuration of plain LoRA; it names what is not."""
+    """Raises AdapterError, which begins with `where`, unless config is that of plain LoRA; it names what is not."""
     if not isinstance(config, Mapping) or config.get("peft_type") != "LORA" or not {"r", "lora_alpha"} <= config.keys():
         raise AdapterError(f"{where}: expected the configuration of a LoRA adapter, with r and lora_alpha; got {config}")
     used = [name for name in _REFUSED if config.get(name)]
@@ -134,7 +134,7 @@ def adapters_of(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], 
     """The adapters in PEFT's tensors by layer, in the order of the keys, with each layer's scale. Nothing is copied.
 
     Keys: [base_model.model.]LAYER.lora_A[.ADAPTER].weight; with the prefix or without it, of one adapter. Raises AdapterError,
-    which begins with `where`, for other keys, half a pair, shapes that do not fit, and a rank that the configuration does not say.
+    which begins with `where`, for other keys, half a pair, shapes that do not fit, and a rank that config does not say.
     """
     layers: dict[str, dict[str, torch.Tensor]] = {}
     forms = set()

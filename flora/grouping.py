@@ -76,7 +76,7 @@ def total(found: Histograms, names: Iterable[str]) -> dict[Any, float]:
 
 
 def divergence(one: Mapping[Any, float], other: Mapping[Any, float], kind: str = "js") -> float:
-    """How far a histogram is from another, both normalised to p and q.
+    """How far the histogram `one` is from the other, normalised to p and q, by this kind.
 
     js: Jensen-Shannon, KL(p, m) / 2 + KL(q, m) / 2 with m = (p + q) / 2, base 2: 0 to 1 (not its square root). kl: KL(p, q) =
     Σ p log2(p / q), bits; inf where q lacks a bin of p. l1: Σ |p - q|, 0 to 2.
@@ -95,7 +95,8 @@ def divergence(one: Mapping[Any, float], other: Mapping[Any, float], kind: str =
 
 
 def near_iid(found: Histograms, num_groups: int, compute: Mapping[str, float] | None = None, seed: int = 0) -> Groups:
-    """Groups, each near the distribution of all: the lowest Σ_g JS(g, all) / G + Σ_g (compute_g / mean compute - 1)² / G found.
+    """num_groups groups, each near the distribution of all: the lowest Σ_g JS(g, all) / G + Σ_g (compute_g / mean compute - 1)² / G
+    found.
 
     compute: what a client adds to its group, such as steps a second (None: sizes alone are balanced). Greedy, and for up to 256
     clients from three random starts by the seed too, each improved by swaps until none helps; every swap lowers the objective, so
@@ -121,8 +122,9 @@ def similar_together(found: Histograms, num_groups: int) -> Groups:
 
 
 def measure(found: Histograms, groups: Groups, compute: Mapping[str, float] | None = None) -> dict[str, float]:
-    """Divergences of groups from all clients: js, kl and l1, means over the groups; worst, the largest js; compute, the largest
-    group's over the mean (sizes where none is given). Raises ConfigError for a client in no group, or in two."""
+    """Divergences of groups from all clients (found: their histograms): js, kl and l1, means over the groups; worst, the largest
+    js; compute, the largest group's over the mean (sizes where none is given). Raises ConfigError for a client in no group, or in
+    two."""
     members = sorted(name for group in groups for name in group)
     if members != sorted(found) or not all(groups):
         raise ConfigError(f"expected every client in exactly one group, and no group empty; got {len(members)} places in "
@@ -137,8 +139,8 @@ def measure(found: Histograms, groups: Groups, compute: Mapping[str, float] | No
 
 def report(found: Histograms, groups: Groups, compute: Mapping[str, float] | None = None, seed: int = 0,
            draws: int = 20) -> dict[str, dict[str, float]]:
-    """What `measure` says of these groups, of random ones (the mean of so many draws, and the draw of the least js), and of
-    similar clients together."""
+    """What `measure` says of these groups of the clients found, of random ones (the mean of so many draws, and the draw of the
+    least js), and of similar clients together."""
     at_random = [measure(found, random_groups(found, len(groups), derive(seed, n)), compute) for n in range(max(1, draws))]
     return {"near-IID": measure(found, groups, compute),
             "random": {key: float(np.mean([one[key] for one in at_random])) for key in at_random[0]},

@@ -43,7 +43,8 @@ class Trust:
                                 f"{self.staleness}")
 
     def check(self, rule: Strategy, first: Broadcast, weighting: str | float, options: Mapping[str, object], streams: bool) -> None:
-        """Raises StrategyError for what a strategy cannot be guarded by. first: what its run begins with."""
+        """Raises StrategyError for what a strategy cannot be guarded by. first: what its run begins with; weighting, options: those
+        of the run."""
         if self.robust is not None:
             self.robust.refuse(rule, first)
         if streams and any(one is not None for one in (self.robust, self.staleness, self.combine)):

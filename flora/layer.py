@@ -229,6 +229,7 @@ class LoRALinear(nn.Module):
         return ops.row_keys(keys, derive(self.name)) if keys is not None and self.dropout and self.training else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """y (..., out) of x (..., in): one operator, of the layers beside it that read x too where they are asked together."""
         if self.shared is not None and (y := self.shared.take(self, x)) is not None:
             return y
         options: dict[str, Any] = {"row_offsets": self.routing.segments, "frozen": self.frozen, "seed": self.seed(),
@@ -244,4 +245,5 @@ class LoRALinear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
+        """What print(model) shows of it."""
         return f"rank={self.A.shape[0]}, dropout={self.dropout}"

@@ -78,7 +78,7 @@ class Preference:
     """DPO: -log σ(β ((log p(y⁺) - ref⁺) - (log p(y⁻) - ref⁻))). Rows: {"chosen": row, "rejected": row, "reference": (ref⁺, ref⁻)}.
 
     chosen and rejected: rows as CausalLM's, labels on the answer; reference: their log probabilities under the base, which
-    `with_reference` adds once. arXiv 2305.18290, equation 7.
+    `with_reference` adds once. beta: β. arXiv 2305.18290, equation 7.
     """
     packs = True
 

@@ -169,7 +169,7 @@ def pair_key(session: Session, secret: bytes, me: int, other: int, public: bytes
 
 
 class Party:
-    """One client in one round: its secrets, and its four messages, each given once and in this order.
+    """One client (name) in one round: its secrets, and its four messages, each given once and in this order.
 
     keys() -> shares(roster) -> masked(delivery, words) -> reveal(request). Raises MessageError for what the server should not have
     sent, StrategyError where a message is asked for twice or out of order: a second answer could bare what the first one hid.
@@ -230,7 +230,7 @@ class Party:
                                f"that do not open ({error})") from error
 
     def masked(self, delivery: bytes, values: np.ndarray) -> bytes:
-        """The words (uint64, in the order of session.sizes) under the masks of all clients whose shares arrived."""
+        """The words (values, uint64, in the order of session.sizes) under the masks of all clients whose shares arrived."""
         self._turn(MASKED)
         session = self.session
         if values.dtype != np.uint64 or values.shape != (session.count,):

@@ -111,8 +111,8 @@ def size(message: Update | Broadcast, given: Broadcast | None = None) -> int:
 def decode(data: bytes, expected: Mapping[str, tuple[int, int]] | None = None, limits: Limits | None = None,
            given: Broadcast | None = None, version: int | None = None,
            kind: Literal["update", "broadcast"] | None = None) -> Update | Broadcast:
-    """The message in these bytes, checked. expected: (out, in) by layer name: all adapters must be for these layers; given: the
-    broadcast that it was encoded with; version: of the base that an update must have been trained on, or that a broadcast must
+    """The message in these bytes (data), checked. expected: (out, in) by layer name: all adapters must be for these layers; given:
+    the broadcast that it was encoded with; version: of the base that an update must have been trained on, or that a broadcast must
     lead to; kind: which of them it must be.
 
     Raises MessageError, and nothing else, for whatever is not a whole, sound message within the limits.

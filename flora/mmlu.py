@@ -2,8 +2,8 @@
 
 The harness writes the prompts, takes the likelihoods and counts, by its own task mmlu (arXiv 2009.03300): "The following are
 multiple choice questions (with answers) about ...", the question, its choices as A to D, "Answer:"; the answer is the likeliest
-letter. Only the rows come from elsewhere: parquet files in a folder, so no network is asked. The harness is optional: pip install
-'flora[eval]'.
+letter, batch_size sequences a pass. Only the rows come from elsewhere: parquet files in a folder, so no network is asked. The
+harness is optional: pip install 'flora[eval]'.
 """
 import contextlib
 import copy

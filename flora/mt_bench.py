@@ -68,8 +68,8 @@ def _question(line: bytes, where: str) -> MTQuestion:
 
 def answer_questions(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", questions: Sequence[MTQuestion], model_id: str,
                      max_new_tokens: int = 1024, batch_size: int = 8) -> list[dict[str, Any]]:
-    """A record of FastChat for each question, in order; batch_size questions at a time. A tokenizer without a chat template gets
-    "user: ..." lines.
+    """A record of FastChat for each question, in order, signed model_id; batch_size questions at a time. A tokenizer without a chat
+    template gets "user: ..." lines.
 
     A prompt that leaves no room for max_new_tokens in the model's positions loses its start. Raises ConfigError where none does.
     """

@@ -27,8 +27,9 @@ def attach(model: nn.Module, rank: int = 16, alpha: float = 32, targets: str | S
            dropout: float = 0.0, dtype: torch.dtype | None = None, layers: Sequence[int] | None = None) -> nn.Module:
     """Gives every target layer a fresh adapter and freezes everything else. Changes the model in place and returns it.
 
-    alpha: the user's number; scale = alpha / rank. targets, layers: see target_shapes. dtype of A and B: fp32 unless given.
-    Raises TargetError where nothing matches, a target is tied, or adapters are attached already; AdapterError for a rank < 1.
+    alpha: the user's number; scale = alpha / rank. dropout: on the input of A. targets, layers: see target_shapes. dtype of A and
+    B: fp32 unless given. Raises TargetError where nothing matches, a target is tied, or adapters are attached already; AdapterError
+    for a rank < 1.
     """
     if lora_layers(model):
         raise TargetError("adapters are attached to this model already. Call flora.detach(model) first.")
@@ -63,7 +64,7 @@ def applied(model: nn.Module, adapters: Adapters, dropout: float = 0.0,
             dtype: torch.dtype | None = None) -> Iterator[dict[str, LoRALinear]]:
     """The model with copies of exactly these adapters attached while the block runs, of any ranks and layers; then detached.
 
-    Gives the attached layers by name. dtype: of A and B, as in attach. Raises TargetError for layers that are not there or do not
+    Gives the attached layers by name. dtype, dropout: as in attach. Raises TargetError for layers that are not there or do not
     fit.
     """
     if lora_layers(model):

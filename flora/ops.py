@@ -150,8 +150,9 @@ def lora_linears(x: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], Bs:
                  dropout: float = 0.0, seeds: Sequence[int | Tensor | None] | None = None) -> tuple[Tensor, ...]:
     """lora_linear of several layers that read the same x (q, k and v; gate and up), in one call: the y of each.
 
-    Lists over layers; otherwise as lora_linear. What is gained: x is read once for the h of all layers and once for all dA,
-    and dx is summed in place instead of once a layer. frozen: for every layer or for none, with the same ranges.
+    Lists over layers (biases, seeds: None for none); otherwise as lora_linear. What is gained: x is read once for the h of all
+    layers and once for all dA, and dx is summed in place instead of once a layer. frozen: for every layer or for none, with the
+    same ranges.
     """
     L, device = len(weights), x.device
     biases, seeds = biases or [None] * L, seeds or [None] * L

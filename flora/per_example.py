@@ -77,14 +77,14 @@ def digest(start: Adapters | None, state: Mapping[str, Tensor] | None = None) ->
 
 
 def uses_in_a_round(num_rows: int, config: TrainConfig, max_steps: int | None = None) -> int:
-    """How many steps of a round one example can be in: one an epoch begun. max_steps: the client's own."""
+    """How many steps of a round one of num_rows examples can be in: one an epoch begun. max_steps: the client's own."""
     epoch = steps_per_epoch(num_rows, config.per_device_train_batch_size, config.gradient_accumulation_steps)
     steps = max_steps or config.max_steps or math.ceil(config.num_train_epochs * epoch)
     return math.ceil(steps / epoch)
 
 
 def epsilon(config: TrainConfig, delta: float, uses: int) -> float:
-    """ε of one example of a client at this delta after it was used so often: in all rounds that the client took part in.
+    """ε of one example of a client at this delta after `uses` steps that it was in: in all rounds that the client took part in.
 
     It covers the adapters, not the metrics beside them. Raises ConfigError.
     """

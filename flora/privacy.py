@@ -90,7 +90,8 @@ def epsilon(privacy: ClientPrivacy, rounds: int, q: float = 1.0) -> float:
 
 
 def poisson_sample(names: Sequence[str], q: float, key: bytes, number: int) -> list[str]:
-    """The clients of round `number`: each with probability q by itself, so their number varies and may be 0. In the order given.
+    """Which of the names take part in round `number`: each with probability q by itself, so their number varies and may be 0. In
+    the order given.
 
     The draws come from the key: who takes part must stay as secret as it, or ε holds for q = 1 only. Raises ConfigError.
     """
@@ -103,9 +104,9 @@ def private_broadcast(updates: Sequence[Update], strategy: str, sent: Broadcast,
                       key: bytes) -> Broadcast:
     """The next broadcast, of version sent.version + 1, in which one client shows no more than `privacy` allows.
 
-    updates: of the clients that were sampled, trained on `sent`, in any order; none is a round too, and has to be released.
-    key: 32 secret bytes of this run alone; with sent.run and sent.version it gives the noise, so the same round is the same bits.
-    Raises StrategyError for a rule or updates that the guarantee is not proven for.
+    strategy: one of RULES; updates: of the clients that were sampled, trained on `sent`, in any order; none is a round too, and has
+    to be released. key: 32 secret bytes of this run alone; with sent.run and sent.version it gives the noise, so the same round is
+    the same bits. Raises StrategyError for a rule or updates that the guarantee is not proven for.
     """
     refuse_unproven(strategy)
     if not strategy_named(strategy).mixed_ranks:

@@ -45,7 +45,8 @@ EXAMPLE_FEATURES = {
 
 def refuse_unproven(strategy: str, weighting: str | float = "uniform", features: Collection[str] = (),
                     level: Level = "client") -> None:
-    """Raises StrategyError, which says what and why, unless the guarantee of this level is proven for a run with these settings.
+    """Raises StrategyError, which says what and why, unless the guarantee of this level is proven for a run with this strategy and
+    weighting.
 
     features: those of FEATURES that the run uses; one that is not known is refused too. At level example what the server does
     works on what clients have already noised, so the rest of FEATURES may be used. Optimiser state that stays on clients needs no

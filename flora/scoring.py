@@ -7,7 +7,7 @@ row counts where that is the right one; a row with a NaN among its scores does n
 Exact match: the model continues the prompt greedily, and a row counts where what it wrote equals the row's answer after both were
 normalised: white space at the ends dropped, within made one blank, letter case folded. Nothing is searched for in a longer text.
 
-Choices of all rows, and rows of all clients, go through the same passes.
+Choices of all rows, and rows of all clients, go through the same passes. batch_size, pad_id, views: as in evaluate.py.
 """
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -113,7 +113,7 @@ def _whole(ring: Ring) -> Ring:
 
 def recovered(totals: Mapping[str, np.ndarray], agreement: Agreement,
               counted: int) -> tuple[dict[str, Adapter], dict[str, Quality], int]:
-    """The aggregate's adapters, how good each is, and Σ n_k, of the summed words of this many clients."""
+    """The aggregate's adapters, how good each is, and Σ n_k, of the summed words (totals, by layer) of `counted` clients."""
     examples = int(to_numbers(totals[COUNT], _whole(agreement.ring))[0])
     if examples < counted:
         raise StrategyError(f"expected a sum of at least {counted} examples of {counted} clients; got {examples}. A client's words "

@@ -73,7 +73,7 @@ class Server:
         self._inbox = self._new_inbox()
 
     def sample(self, number: int) -> list[LocalClient | Group]:
-        """The clients of a round (from 0), by fraction and seed; always the same for the same round. In the run's order."""
+        """The clients of round `number` (from 0), by fraction and seed; always the same for the same round. In the run's order."""
         if self.trust.sample is not None:
             names = set(self.trust.sample([client.name for client in self.clients], number))
             return [client for client in self.clients if client.name in names]
@@ -94,7 +94,7 @@ class Server:
             self._inbox.done.add(name)
 
     def take(self, arrived: Mapping[str, Update | bytes]) -> dict[str, str]:
-        """Receives what came from each of these clients; gives the reasons of those that were refused, by client."""
+        """Receives what arrived, by client; gives the reasons of those that were refused, by client."""
         refused = {}
         for name, message in arrived.items():
             try:

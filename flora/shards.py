@@ -109,8 +109,9 @@ def merge_files(base: str | Path, adapters: Sequence[str | Path], out: str | Pat
     """Writes base + Σ p_k ΔW_k to the folder `out`, which transformers loads like the base. Returns it.
 
     base: a folder with config.json and safetensors, a fetched name, or a hub's; adapters: PEFT folders of any ranks and alphas;
-    weights: the p_k as they are (None: 1 / K each). Memory: the largest shard and the adapters. Weights keep their dtype, and
-    are rounded once, as ops.merge_many_ does. Raises DataError, AdapterError, TargetError before anything is written, RunError.
+    weights: the p_k as they are (None: 1 / K each). Memory: the largest shard and the adapters. Weights keep their dtype, and are
+    rounded once (rounding, seed: as ops.merge_many_). Raises DataError, AdapterError, TargetError before anything is written,
+    RunError.
     """
     if not adapters:
         raise AdapterError("expected at least one adapter to merge; got none")

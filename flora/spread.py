@@ -38,7 +38,7 @@ def t_quantile(degrees: int) -> float:
 
 
 def paired(values: Mapping[int, float], first: Mapping[int, float]) -> dict[str, Any]:
-    """The differences of two entries' numbers by seed: mean, sd, bound, and what they say.
+    """The differences values - first of two entries' numbers by seed: mean, sd, bound, and what they say.
 
     bound = t · sd / √n with Student's t at 97.5 % (95 % two-sided) for n - 1 degrees of freedom. |mean| <= bound is "within the
     spread", more is "lower" or "higher"; one seed says nothing of it, nor does a seed that diverged.

@@ -26,7 +26,8 @@ class Stream:
     model: the server's base, at the version that the clients train on; shapes: (out, in) of the layers that are updated.
     weighting: "examples" or "uniform"; absent: what a client without a layer counts as, "zero" or "renormalise". max_ranks:
     ranks that wait in a layer before they are summed. rank, tol: send the round as adapters, compressed to these (the base then
-    takes the same adapters, so that it stays what the clients have); neither: send the new weights. merge_config: rounding.
+    takes the same adapters, so that it stays what the clients have); neither: send the new weights. merge_config: rounding;
+    run: the run that broadcasts name.
     """
 
     def __init__(self, model: nn.Module, shapes: Mapping[str, tuple[int, int]], *, run: str = "", weighting: str = "examples",

@@ -32,6 +32,7 @@ class Tally:
     """One round at the server: what came by client, and the sum.
 
     take_keys(...)*, roster(), take_shares(...)*, delivery(client)*, take_masked(...)*, request(), take_reveal(...)*, total().
+    Each take_ keeps the data of one client's message; names(kind) says who sent that of a step.
     Raises MessageError for what is malformed, from another round, late, or comes twice, and leaves everything as it was;
     StrategyError where fewer clients than the threshold are left.
     """
@@ -73,6 +74,7 @@ class Tally:
         return [self.session.names[number] for number in sorted(self._came[kind])]
 
     def take_keys(self, data: bytes) -> None:
+        """The public keys of one client."""
         sender, payload = self._take(data, KEYS, lambda: 96)
         self._came[KEYS][sender] = bytes(payload)
 
@@ -81,6 +83,7 @@ class Tally:
         return self.session.pack(ROSTER, SERVER, listed(self._close(KEYS)))
 
     def take_shares(self, data: bytes) -> None:
+        """The shares of one client for all others."""
         sender, payload = self._take(data, SHARES, lambda: SEALED * (len(self._came[KEYS]) - 1))
         self._came[SHARES][sender] = bytes(payload)
 
@@ -92,6 +95,7 @@ class Tally:
                                                            for sender, place in places.items()}))
 
     def take_masked(self, data: bytes) -> None:
+        """One client's words under masks, which are added to the sum."""
         sender, payload = self._take(data, MASKED, lambda: 8 * self.session.count)
         self._sum += np.frombuffer(payload, "<u8")
         self._came[MASKED][sender] = b""
@@ -101,6 +105,7 @@ class Tally:
         return self.session.pack(REQUEST, SERVER, listed(self._close(MASKED)))
 
     def take_reveal(self, data: bytes) -> None:
+        """What one client knows of the secrets that the request names."""
         sender, payload = self._take(data, REVEAL, lambda: 32 * len(self._came[SHARES]))
         self._came[REVEAL][sender] = bytes(payload)
 

@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor
 
-from flora.adapter import Adapter
+from flora.adapter import Adapter, Adapters
 from flora.kernels import reference
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -25,6 +25,14 @@ def check(actual: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype | Non
     assert actual.dtype == plain.dtype, f"{what}: {actual.dtype}, expected {plain.dtype}"
     error, allowed = float((actual.double() - exact).norm()), bound(plain, exact, dtype or actual.dtype)
     assert error <= allowed, f"{what}: error {error:.3e} over the bound {allowed:.3e}, of a norm {float(exact.norm()):.3e}"
+
+
+def check_adapters(actual: Adapters, plain: Adapters, exact: Adapters, what: str = "") -> None:
+    """Asserts the error rule of the ΔW of all layers together, for adapters that were trained in fp32; exact: what was trained in
+    fp64."""
+    assert list(actual) == list(plain) == list(exact), f"{what}: other layers"
+    one, other, true = (torch.cat([a.delta().flatten() for a in some.values()]) for some in (actual, plain, exact))
+    check(one, other, true, torch.float32, what)
 
 
 def relative(actual: Tensor, exact: Tensor) -> float:

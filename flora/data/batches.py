@@ -75,7 +75,7 @@ class Batch:
         return {"input_ids": self.input_ids, **{name: t for name, t in named.items() if t is not None}}
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        """The same with every tensor changed: moved to a device, pinned."""
+        """The same with `change` applied to every tensor: moved to a device, pinned."""
         tensors: dict[str, Any] = {f.name: change(t) for f in fields(self) if isinstance(t := getattr(self, f.name), Tensor)}
         return replace(self, **tensors)
 
@@ -105,7 +105,7 @@ def batch_of(rows: Sequence[Row], packed: bool, pad_id: int = 0, sequences: Call
 
 
 def epoch_order(num_rows: int, seed: int, *key: int | str) -> list[int]:
-    """Return a permutation of the rows that depends on the seed and the key alone, in any process."""
+    """Return a permutation of num_rows rows that depends on the seed and the key alone, in any process."""
     generator = torch.Generator().manual_seed(derive(seed, "order", *key))
     return torch.randperm(num_rows, generator=generator).tolist()
 
@@ -150,11 +150,11 @@ def _steps(
 
 
 def steps_per_epoch(num_rows: int, batch_size: int, accumulation: int) -> int:
-    """Return ceil(ceil(rows / batch_size) / accumulation): the steps of an epoch in which every batch has a label."""
+    """Return ceil(ceil(num_rows / batch_size) / accumulation): the steps of an epoch in which every batch has a label."""
     batches = math.ceil(num_rows / batch_size)
     return math.ceil(batches / accumulation)
 
 
 def num_label_tokens(rows: Sequence[Row]) -> int:
-    """Count the tokens that a loss is taken on: labels other than -100, without the first, which nothing predicts."""
+    """Count the tokens of the rows that a loss is taken on: labels other than -100, without the first, which nothing predicts."""
     return sum(label != IGNORED for row in rows for label in row["labels"][1:])

@@ -51,7 +51,7 @@ class Partition:
 
 
 def partition(rows: Sequence[Row], num_clients: int, spec: Partition, seed: int) -> dict[str, list[int]]:
-    """Deal rows to clients by a rule; return client name -> row indices, ascending, no row twice.
+    """Deal rows to num_clients clients by a rule; return client name -> row indices, ascending, no row twice.
 
     Raises DataError: a missing column, more clients than people or rows, a client that would be left without a row.
     """

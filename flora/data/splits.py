@@ -63,10 +63,10 @@ def split(
 ) -> Splits:
     """Split every client's rows into train and held out, and hold some of all of them out for the server.
 
-    `group` is a column whose rows stay on one side; None: `conversation` where every row has one, else rows with the
-    same prompt and completion. Both counts are upper bounds, and so is a fifth of the rows; a client with 5 rows or
-    more gets at least 1 if its groups allow it. Groups are taken in an order that only the seed and their names give.
-    Raises DataError: a missing column, a row of two clients, a client without rows.
+    `group` is a column whose rows stay on one side; None: `conversation` where every row has one, else rows with the same prompt
+    and completion. eval_rows_per_client and server_eval_rows are upper bounds, and so is a fifth of the rows; a client with 5 rows
+    or more gets at least 1 if its groups allow it. Groups are taken in an order that only the seed and their names give. Raises
+    DataError: a missing column, a row of two clients, a client without rows.
     """
     if min(eval_rows_per_client, server_eval_rows) < 0:
         raise DataError(

@@ -109,8 +109,8 @@ class Party:
         self.home = strategy_named(config.strategy).home
 
     def answer(self, message: bytes, needed: int, rank: int, measured: bool = False) -> Answer:
-        """Trains on a broadcast, and gives the update. rank: what the server has noted for this client; measured: evaluate on its
-        own held-out rows before and after.
+        """Trains on a broadcast (the message), and gives the update; needed: the version that its base must be at. rank: what the
+        server has noted for this client; measured: evaluate on its own held-out rows before and after.
 
         Raises MessageError for bytes that are no broadcast for this model, TrainingError where it has no update.
         """

@@ -67,7 +67,8 @@ def _check_kind(updates: Sequence[Update], rule: Strategy) -> None:
 
 
 def check_update(update: Update, who: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises StrategyError unless the update has examples, and finite adapters (or weights) for layers of these (out, in)."""
+    """Raises StrategyError, which names `who`, unless the update has examples and finite adapters (or weights) for layers of these
+    shapes, (out, in) by layer name."""
     if not update.num_examples > 0:
         raise StrategyError(f"client {who}: expected num_examples of at least 1; got {update.num_examples}. Leave the client out.")
     parts = {layer: (a.A, a.B, a.scale) for layer, a in update.adapters.items()}

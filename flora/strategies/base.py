@@ -73,7 +73,10 @@ def begin_frozen_A(shapes: Mapping[str, tuple[int, int]], ranks: Sequence[int], 
 
 
 def shared_start(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int, scale: float, version: int = 0) -> Broadcast:
-    """One A for all, drawn from the seed, and B = 0: independent random A's must not be averaged."""
+    """One A for all, drawn from the seed and version, and B = 0: independent random A's must not be averaged.
+
+    shapes: (out, in) by layer; rank: of the start; scale: its alpha / rank.
+    """
     key = (seed, "start") if version == 0 else (seed, "start", version)
     return Broadcast(start=fresh_adapters(shapes, rank, scale * rank, *key))
 
@@ -115,7 +118,7 @@ def shares(updates: Sequence[Update], weights: str | float) -> list[float]:
 
 def by_layer(updates: Sequence[Update], weights: str | float, absent: str, server_lr: float = 1.0,
              sent: Adapters | None = None) -> dict[str, Terms]:
-    """For every layer the terms (adapter, p) of its sum: what clients sent, then the start that was sent for what lacks to Σ p = 1.
+    """For every layer the terms (adapter, p) of its sum: updates, then the start that was sent for what lacks to Σ p = 1.
 
     absent: what a client without the layer counts as: "zero", no change (p_k over all clients; the start, or 0 where none was
     sent), "renormalise" takes p over those who have the layer. server_lr multiplies every p. A layer that no client has stays as
@@ -182,7 +185,8 @@ def leave_home(adapters: Adapters, home: str) -> dict[str, Adapter]:
 
 
 def come_home(start: Adapters, held: Adapters, home: str) -> dict[str, Adapter]:
-    """Where a client goes on: what the server sent, with its own factors where it holds some of the same rank."""
+    """Where a client goes on: the start that the server sent, with its own factors (home: which) where it has held some of the
+    same rank."""
     out = dict(start)
     for name, a in start.items():
         own = held.get(name) if home else None

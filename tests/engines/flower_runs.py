@@ -5,8 +5,6 @@ from tiny import TARGETS
 import flora
 from flora.engines import flower
 from flora.engines.flower.records import settings
-from flora.formats import load_peft
-from flora.report import read_metrics
 
 NODES = {900 + 7 * k % 5: {"partition-id": k, "num-partitions": 4} for k in (2, 0, 3, 1)}
 
@@ -39,18 +37,5 @@ def locally(values, folder, **changes):
     return flora.run(run)
 
 
-def adapters(folder, number, what="aggregate"):
-    return load_peft(folder / "rounds" / str(number) / what)
-
-
-def bits(folder):
-    files = sorted(p.relative_to(folder) for p in (folder / "rounds").rglob("*.safetensors"))
-    return {str(file): (folder / file).read_bytes() for file in files}
-
-
 def said(caplog):
     return "\n".join(record.getMessage() for record in caplog.records)
-
-
-def failures(folder):
-    return {(row["round"], row["client"]): row["reason"] for row in read_metrics(folder) if row["kind"] == "failure"}

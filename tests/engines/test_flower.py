@@ -8,8 +8,9 @@ from tiny import near
 pytest.importorskip("flwr", reason="flwr is not installed, so not tested: the Flower engine. `make test-engines` tests it")
 
 from flower_grid import OneProcess
-from flower_runs import NODES, adapters, bits, failures, keys, locally, on_flower, restart, said
+from flower_runs import NODES, keys, locally, on_flower, restart, said
 from flwr.app import ArrayRecord
+from runs import adapters, bits, check_first_round, failures
 
 from flora import cohort
 from flora.engines import flower
@@ -44,11 +45,10 @@ def test_the_bits_are_those_of_a_local_run_of_clients_one_by_one(place, tmp_path
 def test_a_batch_of_clients_gives_the_same_but_for_rounding(place, tmp_path):
     values = keys(place, tmp_path / "flower")
     on_flower(values)
-    locally(values, tmp_path / "local")
-    for number in range(2):
-        for k in range(4):
-            one, other = (adapters(tmp_path / kind, number, f"clients/client-{k}") for kind in ("flower", "local"))
-            assert near(one, other, 1e-4)
+    batched = locally(values, tmp_path / "local")
+    check_first_round(batched, tmp_path / "flower", settings(values)[0], tmp_path / "exact")
+    assert near(adapters(batched, 1), adapters(tmp_path / "flower", 1), 1e-4)
+    assert bits(batched) != bits(tmp_path / "flower")
 
 
 def test_a_server_with_the_model_measures_what_the_local_engine_does(place, tmp_path, monkeypatch):
@@ -63,6 +63,15 @@ def test_a_server_with_the_model_measures_what_the_local_engine_does(place, tmp_
     for one, other in zip(*rows, strict=True):                  # equal, but that a local run evaluates its clients in a batch
         assert one.pop("client", "") == other.pop("client", "") and one == pytest.approx(other, rel=1e-6)
     assert (tmp_path / "flower/model/model.safetensors").read_bytes() == (local / "model/model.safetensors").read_bytes()
+
+
+def test_full_fine_tuning_sends_weights_and_ends_with_the_same_ones(place, tmp_path, monkeypatch):
+    values = keys(place, tmp_path / "flower", strategy="full", lora_alpha="2r", **{"flower.server_model": True})
+    _, grid = on_flower(values)
+    monkeypatch.setattr(cohort, "MOST_CLIENTS", 1)
+    local = locally(values, tmp_path / "local")
+    assert (tmp_path / "flower/model/model.safetensors").read_bytes() == (local / "model/model.safetensors").read_bytes()
+    assert failures(tmp_path / "flower") == {} and len([kind for _, kind, _ in grid.sent if kind == "train"]) == 8
 
 
 def test_a_server_without_a_model_gives_the_sum_of_all_updates(place, tmp_path):

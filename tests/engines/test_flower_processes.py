@@ -12,7 +12,7 @@ from tiny import ROOT
 
 pytest.importorskip("flwr", reason="flwr is not installed, so not tested: Flower's processes. `make test-engines` tests them")
 
-from flower_runs import bits
+from runs import bits
 
 from flora.cli import main
 from flora.engines.flower.records import settings

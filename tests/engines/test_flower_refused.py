@@ -6,9 +6,10 @@ import pytest
 
 pytest.importorskip("flwr", reason="flwr is not installed, so not tested: the Flower engine. `make test-engines` tests it")
 
-from flower_runs import NODES, adapters, failures, keys, on_flower
+from flower_runs import NODES, keys, on_flower
 from flwr.app import Array, ArrayRecord
 from forge import NOT_FINITE, join, split
+from runs import adapters, failures
 
 import flora
 from flora.engines.flower.records import from_arrays, to_arrays

@@ -10,8 +10,9 @@ pytest.importorskip("flwr", reason="flwr is not installed, so not tested: the Fl
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "soak"))
 
-from flower_runs import NODES, failures, keys, on_flower, restart
+from flower_runs import NODES, keys, on_flower, restart
 from rounds import DIES, GARBAGE, held, spoilt
+from runs import failures
 
 from flora.engines.flower.records import from_arrays, to_arrays
 from flora.report import read_metrics

@@ -12,13 +12,13 @@ pytest.importorskip("nvflare", reason="nvflare is not installed, so not tested: 
 from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from nvflare_sites import OneProcess, context
+from runs import adapters, bits, check_first_round, failures
 
 import flora
 from flora import cohort
 from flora.engines.nvflare import NVFlareConfig, flora_recipe, settings
 from flora.engines.nvflare.settings import as_job, came_of, from_model, to_model
 from flora.errors import ConfigError, MessageError, RunError
-from flora.formats import load_peft
 from flora.messages import decode, encode
 from flora.report import read_metrics
 
@@ -48,19 +48,6 @@ def locally(values, folder, **changes):
     return flora.run(run)
 
 
-def adapters(folder, number, what="aggregate"):
-    return load_peft(folder / "rounds" / str(number) / what)
-
-
-def bits(folder):
-    files = sorted(p.relative_to(folder) for p in (folder / "rounds").rglob("*.safetensors"))
-    return {str(file): (folder / file).read_bytes() for file in files}
-
-
-def failures(folder):
-    return {(row["round"], row["client"]): row["reason"] for row in read_metrics(folder) if row["kind"] == "failure"}
-
-
 ONE_RANK = {"lora_r": 4, "lora_alpha": 8.0}
 
 
@@ -80,12 +67,10 @@ def test_the_bits_are_those_of_a_local_run_of_clients_one_by_one(place, tmp_path
 def test_a_batch_of_clients_gives_the_same_but_for_rounding(place, tmp_path):
     values = keys(place, tmp_path / "nvflare")
     on_nvflare(values)
-    locally(values, tmp_path / "local")
-    for number in range(2):
-        for k in range(4):
-            one, other = (adapters(tmp_path / kind, number, f"clients/client-{k}") for kind in ("nvflare", "local"))
-            assert near(one, other, 1e-4)
-    assert bits(tmp_path / "nvflare") != bits(tmp_path / "local")
+    batched = locally(values, tmp_path / "local")
+    check_first_round(batched, tmp_path / "nvflare", settings(values)[0], tmp_path / "exact")
+    assert near(adapters(batched, 1), adapters(tmp_path / "nvflare", 1), 1e-4)
+    assert bits(batched) != bits(tmp_path / "nvflare")
 
 
 def test_half_of_the_clients_train_and_the_others_catch_up(place, tmp_path, monkeypatch):

@@ -62,8 +62,8 @@ class FloraStrategy(Strategy):
         return self._messages(dict.fromkeys(self._sampled))
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Closes the round on these replies, and on those of clients whose base was elsewhere than this server knew: they are sent
-        what they lack, once. Raises RunError where too few are left."""
+        """Closes the round on these replies (server_round is not used), and on those of clients whose base was elsewhere than
+        this server knew: they are sent what they lack, once. Raises RunError where too few are left."""
         answers = self._answers(replies)
         behind = {name: came.have for name, came in answers.items() if came.update is None}
         answers = {name: came for name, came in answers.items() if came.update is not None}
@@ -79,11 +79,11 @@ class FloraStrategy(Strategy):
         return None, MetricRecord(numbers)
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
-        """None: clients evaluate where they train."""
+        """None: clients evaluate where they train. Neither server_round nor the rest is used."""
         return []
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """None, as nobody was asked."""
+        """None, as nobody was asked: server_round and replies are not used."""
         return None
 
     def summary(self) -> None:

@@ -30,7 +30,8 @@ client_loop(Path(__file__).with_name("{JOB}"))
 
 
 class FloraRecipe(FedAvgRecipe):
-    """NVFlare's FedAvgRecipe with flora's parts. sites: of the clients, in the run's order, for SimEnv(clients=...).
+    """NVFlare's FedAvgRecipe with flora's parts. name: of the job. sites: of the clients, in the run's order, for
+    SimEnv(clients=...).
 
     The job carries the clients' script and the run's settings beside it, not flora, which is installed at the sites. script: one
     that the sites have, by its absolute path, and beside which lies flora_job.yaml: then the job carries no code.
