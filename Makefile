@@ -1,6 +1,7 @@
 # Every target sets up what it needs: a virtual environment in .venv with the tested versions of constraints.txt.
 #   make demo     fine-tune SmolLM2-135M over eight clients of ranks 64 to 4 (downloads about 100 MB once)
-#   make test     all tests        make check   lint        make bench   benchmarks of this machine
+#   make test     all tests        make check   lint, types        make bench   benchmarks of this machine
+#   make wheels   the sdist, a wheel with the compiled operators and one of Python alone, in dist/
 #   make test-engines   flora on Flower, NVFlare, in .venv-engines (500 MB with Ray); ENGINE_TESTS='-m "not slow"': no processes
 #   make gpu      tests and benchmarks of a GPU (PY=python3 takes an environment that exists)
 #   make soak     50 kills, a fault at every write, 500 rounds with clients that die (20 minutes)
@@ -15,7 +16,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: install check test test-engines soak fuzz demo bench gpu aot docs clean
+.PHONY: install check test test-engines soak fuzz demo wheels bench gpu aot docs clean
 install: $(STAMP)
 
 $(VENV)/.torch: constraints.txt
@@ -34,6 +35,7 @@ $(STAMP): $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
 
 check: install
 	$(PY) -m ruff check .
+	$(PY) -m mypy
 
 test: install
 	$(PY) -m pytest
@@ -54,6 +56,12 @@ test-engines: $(ENGINES)/.installed
 
 demo: install
 	$(VENV)/bin/flora run flora/demo.yaml --overwrite
+
+# Both from the sdist, so that nothing lying in this tree gets into them.
+wheels: install
+	rm -rf dist
+	FLORA_REQUIRE_NATIVE=1 $(PY) -m build --no-isolation
+	FLORA_NATIVE=0 $(PIP) wheel --quiet --no-deps --no-build-isolation -w dist dist/flora-*.tar.gz
 
 bench: install
 	$(PY) -m benchmarks.bench_lora_linear
@@ -83,4 +91,4 @@ docs: install
 	$(PY) -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(ENGINES) build site *.egg-info flora/*.so
+	rm -rf $(VENV) $(ENGINES) build dist site *.egg-info flora/*.so

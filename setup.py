@@ -1,8 +1,9 @@
 """Build the optional extensions `flora._native` (LibTorch stable ABI) and `flora._host` (pybind11).
 
 Metadata lives in pyproject.toml. An extension that cannot be built is left out, loudly, and flora runs on its reference
-backend. Environment: FLORA_REQUIRE_NATIVE=1 makes that an error, FLORA_CUDA=0 leaves the CUDA sources out, MAX_JOBS
-bounds the compilers that run at once, TORCH_CUDA_ARCH_LIST names the GPUs to build for (else those of this machine).
+backend. Environment: FLORA_REQUIRE_NATIVE=1 makes that an error, FLORA_NATIVE=0 leaves both out (a wheel of Python alone, for
+every platform), FLORA_CUDA=0 leaves the CUDA sources out, MAX_JOBS bounds the compilers that run at once, TORCH_CUDA_ARCH_LIST
+names the GPUs to build for (else those of this machine).
 """
 
 import os
@@ -14,6 +15,7 @@ from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
 REQUIRED = os.environ.get("FLORA_REQUIRE_NATIVE") == "1"
+WANTED = os.environ.get("FLORA_NATIVE") != "0"
 # The oldest torch that can load the binary; everything used from torch/csrc/stable exists there.
 TORCH_TARGET = "0x020a000000000000ULL"
 # Contraction into fused multiply-adds is what the matrix kernels are made of. No -march: they choose at run time.
@@ -136,7 +138,9 @@ def tolerant(base):
     return BuildExt
 
 
-native, host = native_extension(), host_extension()
+if REQUIRED and not WANTED:
+    raise SystemExit("expected FLORA_REQUIRE_NATIVE=1 or FLORA_NATIVE=0; got both. Unset one.")
+native, host = (native_extension(), host_extension()) if WANTED else (None, None)
 if native is None:
     from setuptools.command.build_ext import build_ext
 else:
@@ -144,4 +148,6 @@ else:
 setup(
     ext_modules=[extension for extension in (native, host) if extension is not None],
     cmdclass={"build_ext": tolerant(build_ext)},
+    # The operators load under every Python from 3.10 on; flora._host, optional, under the one that built it.
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

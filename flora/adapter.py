@@ -13,7 +13,7 @@ Reference: FLoRA, arXiv 2409.05976, section 3.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class Adapter:
     A: Tensor
     B: Tensor
     scale: Tensor
+    if TYPE_CHECKING:                                        # a number stands for a vector of it
+        def __init__(self, A: Tensor, B: Tensor, scale: Tensor | float) -> None: ...
 
     def __post_init__(self) -> None:
         A, B = self.A, self.B
@@ -72,7 +74,7 @@ class Adapter:
 
     __rmul__ = __mul__
 
-    def to(self, *args, **kwargs) -> "Adapter":
+    def to(self, *args: Any, **kwargs: Any) -> "Adapter":
         """A and B moved or cast as Tensor.to does; scale moves and stays fp32. Itself, where nothing changes."""
         A, B = self.A.to(*args, **kwargs), self.B.to(*args, **kwargs)
         if A is self.A and B is self.B:
@@ -141,8 +143,8 @@ def combine(adapters: Sequence[Adapter], coefficients: Sequence[float]) -> Adapt
         raise AdapterError(f"expected one weight an adapter; got {len(coefficients)} for {len(adapters)} adapters")
     scale = common_scale(adapters, coefficients)
     adapters = [_at_scale(a, scale) if not torch.equal(a.scale, scale) else a for a in adapters]
-    A = sum(c * a.A.to(_sum_dtype(a.A)) for c, a in zip(coefficients, adapters, strict=True))
-    B = sum(c * a.B.to(_sum_dtype(a.B)) for c, a in zip(coefficients, adapters, strict=True))
+    A = reduce(torch.add, [c * a.A.to(_sum_dtype(a.A)) for c, a in zip(coefficients, adapters, strict=True)])
+    B = reduce(torch.add, [c * a.B.to(_sum_dtype(a.B)) for c, a in zip(coefficients, adapters, strict=True)])
     return Adapter(A.to(_common_dtype([a.A for a in adapters])), B.to(_common_dtype([a.B for a in adapters])), scale)
 
 
@@ -152,7 +154,7 @@ def common_scale(adapters: Sequence[Adapter], coefficients: Sequence[float]) -> 
     if all(torch.equal(a.scale, scale) for a in adapters):
         return scale
     total = sum(abs(c) for c in coefficients)
-    return sum(abs(c) / total * a.scale.abs() for c, a in zip(coefficients, adapters, strict=True))
+    return reduce(torch.add, [abs(c) / total * a.scale.abs() for c, a in zip(coefficients, adapters, strict=True)])
 
 
 def _common_dtype(factors: Sequence[Tensor]) -> torch.dtype:
@@ -283,10 +285,9 @@ def fresh(shape: tuple[int, int], rank: int, alpha: float, seed: int) -> Adapter
     if rank < 1:
         raise AdapterError(f"expected a rank of at least 1; got {rank}")
     out_features, in_features = shape
-    generator = torch.Generator().manual_seed(seed)
-    exact = {"dtype": torch.float32, "device": "cpu"}           # whatever default a context has set
-    A = (torch.rand(rank, in_features, generator=generator, **exact) * 2 - 1) / in_features**0.5
-    return Adapter(A, torch.zeros(out_features, rank, **exact), alpha / rank)
+    generator = torch.Generator().manual_seed(seed)             # on the CPU and in fp32, whatever default a context has set
+    A = (torch.rand(rank, in_features, generator=generator, dtype=torch.float32, device="cpu") * 2 - 1) / in_features**0.5
+    return Adapter(A, torch.zeros(out_features, rank, dtype=torch.float32, device="cpu"), alpha / rank)
 
 
 def fresh_adapters(shapes: Mapping[str, tuple[int, int]], rank: int, alpha: float, *seed: int | str) -> dict[str, Adapter]:
@@ -294,6 +295,6 @@ def fresh_adapters(shapes: Mapping[str, tuple[int, int]], rank: int, alpha: floa
     return {name: fresh(shape, rank, alpha, derive(*seed, name)) for name, shape in shapes.items()}
 
 
-def all_layers(adapters: Sequence[Adapters]) -> list[str]:
+def all_layers(adapters: Sequence[Mapping[str, object]]) -> list[str]:
     """Every layer that any of them has, in order of first appearance."""
     return list(dict.fromkeys(name for each in adapters for name in each))

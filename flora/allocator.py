@@ -1,4 +1,5 @@
 """The C library's allocator, told to keep the memory it has been given back."""
+import importlib
 
 
 def keep_large_blocks() -> str:
@@ -7,7 +8,7 @@ def keep_large_blocks() -> str:
     By default glibc maps every large tensor afresh and unmaps it when it is freed: each training step faults in every page again.
     """
     try:
-        from flora import _host
+        host = importlib.import_module("flora._host")
     except ImportError as error:
         return f"the host extension is not built ({error})"
-    return "" if _host.tune_allocator() else "the C library is not glibc, or refused"
+    return "" if host.tune_allocator() else "the C library is not glibc, or refused"

@@ -17,7 +17,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -72,12 +72,14 @@ class Cohort:
         names = [client.name for client in clients]
         if len(set(names)) != len(names):
             raise ConfigError(f"expected clients with different names; got {names}")
-        shared = isinstance(max_tokens_per_batch, Budget)
-        if not shared and max_tokens_per_batch != "auto" and max_tokens_per_batch < 1:
-            raise ConfigError(f'max_tokens_per_batch: expected "auto" or at least 1; got {max_tokens_per_batch}')
+        budget = max_tokens_per_batch
+        if not isinstance(budget, Budget):
+            if budget != "auto" and budget < 1:
+                raise ConfigError(f'max_tokens_per_batch: expected "auto" or at least 1; got {budget}')
+            budget = Budget(model, budget)
         self.model, self.clients, self.train_config, self.targets = model, list(clients), train_config, targets
         self.max_tokens_per_batch, self.merge_config, self.optimizer_states = max_tokens_per_batch, merge_config, optimizer_states
-        self._budget = max_tokens_per_batch if shared else Budget(model, max_tokens_per_batch)
+        self._budget = budget
         self._loss = train_config.loss or CausalLM()
         self.shapes = target_shapes(model, targets)
         self.team: Team | None = None
@@ -116,7 +118,8 @@ class Cohort:
         clock = Clock(device_of(self.model))
         with clock("merge"):
             bring_to(self.model, broadcast, self.merge_config)
-        self.failures, self._tokens, self._began, trained = {}, 0, time.perf_counter(), {}
+        self.failures, self._tokens, self._began = {}, 0, time.perf_counter()
+        trained: dict[str, Any] = {}
         members = []
         with clock("setup"):
             for client, ranks in zip(self.clients, views, strict=True):
@@ -229,7 +232,7 @@ class Cohort:
                 self._fail(member.client.name, TrainingError(member.failed))
                 continue
             out[member.client.name] = member.pruned(adapters, config.rank_decay) if config.rank_decay else adapters, weights
-            if state is not None:
+            if state is not None and self.optimizer_states is not None:
                 self.optimizer_states.setdefault(member.client.name, {}).update(state)
         return out
 
@@ -271,7 +274,7 @@ def groups(members: Sequence[Member], budget: int, memory: float) -> Iterator[li
     tokens = sum(member.tokens_a_step for member in members)
     share = tokens / max(1, -(-tokens // budget))
     group: list[int] = []
-    total = (0, 0, 0, 0)
+    total: tuple[int, ...] = (0, 0, 0, 0)
     for k in order:
         following = tuple(a + b for a, b in zip(total, size(members[k]), strict=True))
         most = (budget, MOST_RANKS, memory / 2, MOST_CLIENTS)

@@ -61,7 +61,7 @@ class Conversation:
         with outcome.seen(name) as model, torch.random.fork_rng():
             torch.manual_seed(how.seed)
             [answer] = answers(model, [ids], Decoding(how.max_new_tokens, pad, ends, how.temperature))
-        return outcome.tokenizer.decode(answer, skip_special_tokens=True).strip()
+        return str(outcome.tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
 
 def chat(target: str | Path, prompt: str, clients: Sequence[str] = (), sampling: Sampling | None = None,

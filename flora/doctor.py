@@ -51,7 +51,7 @@ def diagnose() -> list[tuple[str, str | None, str]]:
     """(part, what is here or None, what its absence costs) of this machine; flora.kernels.table() says what runs each operator."""
     import torch
 
-    found = [("torch", f"{torch.__version__}, {torch.get_num_threads()} threads", "")]
+    found: list[tuple[str, str | None, str]] = [("torch", f"{torch.__version__}, {torch.get_num_threads()} threads", "")]
     found += [(package, _version(package), cost) for package, cost in COSTS.items()]
     found += _tools()
     found.append(("host extension", *_host()))

@@ -74,7 +74,8 @@ def _held_out(outcome: Outcome, clients: Sequence[str]) -> dict[str, Data]:
             raise RunError(f"expected a client that has rows of its own; got {name!r}, which answered for a group. Give --data.")
         if not job.eval_rows[name]:
             raise RunError(f"expected held-out rows of {name}; the run has none (eval_rows_per_client). Give --data.")
-        own = {what: {"": getattr(job.scores, what)[name]} for what in ("choices", "asked") if getattr(job.scores, what)}
+        scored = [what for what in ("choices", "asked") if getattr(job.scores, what)]
+        own: dict[str, Any] = {what: {"": getattr(job.scores, what)[name]} for what in scored}
         out[name] = Data(job.eval_rows[name], replace(job.scores, **own))
     return out
 

@@ -4,43 +4,15 @@ A run folder is the server's: clients' adapters, rows by client, checkpoints, a 
 the form that PEFT, vLLM, SGLang and llama.cpp read alike, beside a model card that has counts and means but no client's name.
 """
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from flora.card import Exported, card, public_name
 from flora.checkpoint import state_of
-from flora.config import RunConfig, load, parse
-from flora.data import SOURCES
+from flora.config import load, parse
 from flora.errors import RunError
 from flora.files import safe_name, staged, write_text
 from flora.formats import load_peft, save_portable
 from flora.report import read_metrics
-from flora.strategies import strategy_named
-
-CARD = """---
-library_name: {library}
-base_model: {base}
-license: {licence}
----
-
-# {title}
-
-Fine-tuned from {base} ({base_licence}) on {dataset} ({data_licence}) with flora: {strategy}, {paper}; {clients} clients of ranks
-{ranks}, {rows:,} training rows in all, {rounds} rounds.
-
-| held-out rows of the server | loss | next-token accuracy |
-| --- | --- | --- |
-{metrics}
-
-{privacy}
-
-## What this folder contains
-
-{contents}
-
-It contains no row of any client, no client's name, no single client's update but where the title says so, no optimiser state and no
-key. A model can repeat what it was trained on; only differential privacy bounds that.
-"""
 
 
 def export(run: str | Path, out: str | Path, client: str | None = None) -> Path:
@@ -61,8 +33,8 @@ def export(run: str | Path, out: str | Path, client: str | None = None) -> Path:
         if source.name == "model":
             shutil.copytree(source, made, dirs_exist_ok=True)
         else:
-            save_portable(load_peft(source), made, config.model_name_or_path)
-        write_text(made / "README.md", card(config, read_metrics(folder), state["rounds_done"], client, made))
+            save_portable(load_peft(source), made, public_name(config.model_name_or_path))
+        write_text(made / "README.md", card(config, Exported(read_metrics(folder), state["rounds_done"], client, made)))
     return target
 
 
@@ -80,39 +52,3 @@ def result_of(folder: Path, client: str | None) -> Path:
             return path
     raise RunError(f"expected an adapter of client {client!r} in {folder}/rounds; got none. keep_rounds says of how many rounds "
                    "they are kept.")
-
-
-def card(config: RunConfig, rows: Sequence[Mapping[str, Any]], rounds: int, client: str | None, made: Path) -> str:
-    """The README of an export. made: the folder, of which the files are listed."""
-    rule = strategy_named(config.strategy)
-    clients = {row["client"]: row["num_examples"] for row in rows if row["kind"] == "client"}
-    measured = [row for row in rows if row["kind"] == "server" and "eval_loss" in row]
-    adapter = (made / "adapter_config.json").exists()
-    own = config.privacy
-    spent = max((row["epsilon"] for row in rows if "epsilon" in row), default=0.0)
-    privacy = ("No differential privacy." if own is None else
-               f"Differential privacy of a {own.level}: ε = {spent:.2f} at δ = {own.delta:g} (flora's docs/security.md).")
-    if own is not None and client is not None:
-        privacy = "This is one client's own adapter: the run's differential privacy does not cover it."
-    contents = "\n".join(f"* `{path.relative_to(made)}`, {path.stat().st_size:,} bytes" for path in sorted(made.rglob("*"))
-                         if path.is_file())
-    return CARD.format(
-        library="peft" if adapter else "transformers", base=config.model_name_or_path, licence=_licence(config.model_name_or_path),
-        title="One client's adapter" if client is not None else "A LoRA adapter" if adapter else "A merged model",
-        base_licence=_licence(config.model_name_or_path), dataset=config.dataset,
-        data_licence=_licence(config.dataset),
-        strategy=rule.name, paper=rule.paper, clients=config.num_clients,
-        ranks=", ".join(map(str, sorted(set(config.ranks()), reverse=True))), rows=sum(clients.values()),
-        rounds=rounds, metrics="\n".join(_metrics(measured)), privacy=privacy,
-        contents=contents + "\n* `README.md`, this file")
-
-
-def _metrics(measured: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The first and the last evaluation as rows of a table."""
-    shown = [measured[0], measured[-1]] if len(measured) > 1 else measured
-    return [f"| {'before' if row['rounds_done'] == 0 else 'after'} | {row['eval_loss']:.4f} | {row['eval_accuracy']:.1%} |"
-            for row in shown]
-
-
-def _licence(name: str) -> str:
-    return SOURCES[name].licence if name in SOURCES else "unknown"

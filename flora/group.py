@@ -150,7 +150,7 @@ class GroupCohort(Cohort):
         return self._now.tokens_per_second if self._now else 0.0
 
     def speed(self, name: str) -> float:
-        """As Cohort's, in the inner round that runs."""
+        """Tokens a second of the client of this name, as Cohort counts them, in the inner round that runs."""
         return self._now.speed(name) if self._now else 0.0
 
     def fit(self, broadcast: Broadcast, frozen: Adapters | Sequence[Adapters | None] | None = None,

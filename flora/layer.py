@@ -6,7 +6,7 @@ linear that only its own forward can multiply with (quantised, hooked, a forward
 """
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -106,12 +106,15 @@ def refuse_parametrized(module: nn.Module, name: str = "") -> None:
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
     """(out_features, in_features)."""
-    return (module.out_features, module.in_features) if is_opaque(module) else tuple(matrix(module).shape)
+    if is_opaque(module):
+        return cast("tuple[int, int]", (module.out_features, module.in_features))
+    return cast("tuple[int, int]", tuple(matrix(module).shape))
 
 
 def matrix(module: nn.Module) -> Tensor:
     """The weight as (out, in): a transposed view for Conv1D, so that writing to it writes to the parameter."""
-    return module.weight.T if _is_conv1d(module) else module.weight
+    weight = cast(Tensor, module.weight)
+    return weight.T if _is_conv1d(module) else weight
 
 
 class Accumulated(nn.Module):
@@ -120,6 +123,10 @@ class Accumulated(nn.Module):
     base: any linear module, quantised or not; A, B, scale are buffers that do not train. An adapter attaches to it as to any
     quantised linear.
     """
+
+    A: Tensor
+    B: Tensor
+    scale: Tensor
 
     def __init__(self, base: nn.Module, adapter: Adapter):
         super().__init__()
@@ -144,7 +151,7 @@ class Accumulated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return ops.lora_add_(own_product(self.base, x), x, self.A, self.B, self.scale)
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Any, recurse: bool = True) -> "Accumulated":
         scale = self.scale
         super()._apply(fn, recurse)
         self.scale = scale.to(self.scale.device)
@@ -158,6 +165,8 @@ class LoRALinear(nn.Module):
     (rank,) does not. dtype: of A and B; None: fp32, or fp64 beside an fp64 weight. adapter: starts from a copy of it, in the place
     of a fresh one of this rank and alpha. Raises TargetError for other modules. arXiv 2106.09685.
     """
+
+    scale: Tensor
 
     def __init__(self, base: nn.Module, rank: int = 16, alpha: float = 32, dropout: float = 0.0,
                  dtype: torch.dtype | None = None, adapter: Adapter | None = None):
@@ -181,11 +190,11 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self.base.weight
+        return cast(Tensor, self.base.weight)
 
     @property
     def bias(self) -> Tensor | None:
-        return self.base.bias
+        return cast("Tensor | None", self.base.bias)
 
     @property
     def in_features(self) -> int:
@@ -223,13 +232,13 @@ class LoRALinear(nn.Module):
         """y (..., out) of x (..., in): one operator, of the layers beside it that read x too where they are asked together."""
         if self.shared is not None and (y := self.shared.take(self, x)) is not None:
             return y
-        options = {"row_offsets": self.routing.segments, "frozen": self.frozen, "seed": self.seed(),
-                   "dropout": self.dropout if self.training else 0.0}
+        options: dict[str, Any] = {"row_offsets": self.routing.segments, "frozen": self.frozen, "seed": self.seed(),
+                                   "dropout": self.dropout if self.training else 0.0}
         if self.opaque:
             return ops.lora_add_(own_product(self.base, x), x, self.A, self.B, self.scale, **options)
-        return ops.lora_linear(x, matrix(self.base), self.A, self.B, self.scale, self.base.bias, **options)
+        return ops.lora_linear(x, matrix(self.base), self.A, self.B, self.scale, self.bias, **options)
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Any, recurse: bool = True) -> "LoRALinear":
         scale = self.scale
         super()._apply(fn, recurse)
         self.scale = scale.to(self.scale.device)               # model.half() must not round alpha / rank

@@ -1,27 +1,28 @@
 """The operator library `flora`: an operator is defined once, so torch.compile sees it whole; inside, the device picks a backend."""
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flora import kernels
 
-_HERE = nullcontext()
+_HERE: AbstractContextManager[None] = nullcontext()
 LIB = torch.library.Library("flora", "DEF")
 
 
-def _on(device: torch.device) -> AbstractContextManager:
+def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Makes a GPU the current one, where it is not: kernels are launched there, whatever their tensors' device."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return torch.cuda.device(device)
     return _HERE
 
 
-def implement(op: str, written: int = 0, before: Callable[..., tuple] | None = None) -> None:
+def implement(op: str, written: int = 0, before: Callable[..., tuple[Any, ...]] | None = None) -> None:
     """Registers an operator's body: `before` (checks of values; what it returns are the arguments), then the backend of the first
     tensor's device and dtype, on that device, autocast off; versions of what is written in place (the first `written`) rise."""
-    def body(*args):
+    def body(*args: Any) -> Any:
         first = args[0] if isinstance(args[0], Tensor) else args[0][0]
         kernel = kernels.resolve(op, first.device, first.dtype)
         casts = torch.is_autocast_enabled(first.device.type)          # asking costs less than entering the block

@@ -1,7 +1,9 @@
 """What a receiver accepts of a message. Everything is counted before anything of that size is allocated or computed."""
 from dataclasses import dataclass
+from typing import Literal
 
-DTYPES = ("F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2")
+Dtype = Literal["F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2"]
+DTYPES: tuple[Dtype, ...] = ("F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2")
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Limits:
     max_frame_bytes: int = 1_000_000_000
     max_frame_work: int = 100_000_000_000
     max_change: float = 3e38
-    dtypes: tuple[str, ...] = DTYPES
+    dtypes: tuple[Dtype, ...] = DTYPES
 
 
 ANY = 1 << 62

@@ -81,8 +81,8 @@ def check_memory_writable(written: Sequence[Tensor], what: Sequence[str]) -> Non
     for line in maps.read_text().splitlines():
         span, rights = line.split(" ", 2)[:2]
         if rights[1] != "w":
-            start, stop = span.split("-")
-            fixed.append((int(start, 16), int(stop, 16)))
+            low, high = span.split("-")
+            fixed.append((int(low, 16), int(high, 16)))
     starts = [start for start, _ in fixed]
     for tensor, name in tensors:
         start, stop = _interval(tensor)

@@ -4,7 +4,7 @@ All or nothing: shapes, dtypes, devices, memory and numbers of every operand are
 """
 from collections.abc import Sequence
 from operator import index
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ def _check_memory(weights: Sequence[Tensor], residuals: Sequence[Tensor]) -> lis
     return spans
 
 
-def _checked(weights, residuals, As, Bs, scales, counts, seeds) -> tuple:
+def _checked(weights: Sequence[Tensor], residuals: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor],
+             scales: Sequence[Tensor], counts: Sequence[int], seeds: Sequence[int]) -> tuple[Any, ...]:
     """merge_'s arguments after the checks that need values: memory and numbers. Factors that lie in a weight are copied."""
     spans = _check_memory(weights, residuals)
     _check_finite(weights[0].device, As, Bs, scales, counts)
@@ -40,7 +41,8 @@ def _checked(weights, residuals, As, Bs, scales, counts, seeds) -> tuple:
     return weights, residuals, As, Bs, scales, counts, seeds
 
 
-def _check_finite(device: torch.device, As, Bs, scales, counts) -> None:
+def _check_finite(device: torch.device, As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[Tensor],
+                  counts: Sequence[int]) -> None:
     factors = [*As, *Bs, *scales]
     bad = kernels.resolve("first_not_finite", device)(factors) if factors else -1
     if bad >= 0:
@@ -98,7 +100,8 @@ def check_layer(layer: int, ranks: tuple[Sequence[Tensor], Sequence[Tensor], Seq
         check_ranks(f"layer {layer}, adapter {k}", one, (out, inn), weight.device)
 
 
-def _check_operands(weights, As, Bs, scales, residuals) -> None:
+def _check_operands(weights: Sequence[Tensor], As: Sequence[Sequence[Tensor]], Bs: Sequence[Sequence[Tensor]],
+                    scales: Sequence[Sequence[Tensor]], residuals: Sequence[Tensor] | None) -> None:
     """Everything about merge_many_'s operands that can be known without reading a number."""
     _check_written(weights, residuals)
     L = len(weights)
@@ -115,9 +118,9 @@ def check_many(weights: Sequence[Tensor], As: Sequence[Sequence[Tensor]], Bs: Se
     """Raises what merge_many_ would raise, and writes nothing: for merges that take several calls, on several devices."""
     _check_operands(weights, As, Bs, scales, residuals)
     _check_memory(weights, residuals or ())
-    flat = [[t.detach() for layer in group for t in layer] for group in (As, Bs, scales)]
+    flat_As, flat_Bs, flat_scales = ([t.detach() for layer in group for t in layer] for group in (As, Bs, scales))
     for device in {weight.device for weight in weights}:
-        _check_finite(device, *flat, [len(layer) for layer in As])
+        _check_finite(device, flat_As, flat_Bs, flat_scales, [len(layer) for layer in As])
 
 
 def merge_many_(weights: Sequence[Tensor], As: Sequence[Sequence[Tensor]], Bs: Sequence[Sequence[Tensor]],

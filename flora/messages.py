@@ -52,7 +52,7 @@ def _travels(message: Update | Broadcast, given: Broadcast | None,
              whole: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     """The tensors that travel, and what the fields say of those that do not. whole: no cores."""
     tensors: dict[str, torch.Tensor] = {}
-    zeros: dict[str, list[int]] = {}
+    zeros: dict[str, list[int | str]] = {}
     held: list[str] = []
     cores: dict[str, list[int]] = {}
     seed = None if whole else _frame_of(message, given)
@@ -76,9 +76,10 @@ def _travels(message: Update | Broadcast, given: Broadcast | None,
                 else:
                     tensors[where + name] = factor
     tensors |= {f"base/{layer}": w for layer, w in (message.base or {}).items()}
-    needs = given is not None and bool(held or (cores and isinstance(message, Update)))
+    needs = bool(held or (cores and isinstance(message, Update)))
+    with_it = [given.run, int(given.version)] if given is not None and needs else None
     fields = {"format": FORMAT, **_fields(message), "parts": {part: list(adapters) for part, adapters in parts.items()},
-              "zeros": zeros, "held": held, "cores": cores, "given": [given.run, int(given.version)] if needs else None}
+              "zeros": zeros, "held": held, "cores": cores, "given": with_it}
     return wire.ordered(tensors), fields
 
 

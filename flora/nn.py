@@ -44,7 +44,7 @@ def attach(model: nn.Module, rank: int = 16, alpha: float = 32, targets: str | S
 def _wrap(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
     """Puts the layers in the place of their bases and freezes everything else; remembers what trained."""
     refuse_read_past(model, layers)
-    model._flora_required_grad = [p for p in model.parameters() if p.requires_grad]
+    vars(model)["_flora_required_grad"] = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
     routing = Routing()
     for name, layer in layers.items():
@@ -138,7 +138,7 @@ def merge(model: nn.Module, adapters: Adapters | Sequence[Adapters], *, rounding
         there = [[a.to(weight.device) for a in parts[name]] for name, weight in zip(names, own, strict=True)]
         calls.append([[[getattr(a, factor) for a in layer] for layer in there] for factor in ("A", "B", "scale")])
     for (_, own, rest), factors in zip(groups if len(groups) > 1 else (), calls, strict=len(groups) > 1):
-        ops.check_many(own, *factors, rest)                             # a call of the operator checks its own alone
+        ops.check_many(own, factors[0], factors[1], factors[2], rest)       # a call of the operator checks its own alone
     for (names, own, rest), factors in zip(groups, calls, strict=True):
         ops.merge_many_(own, *factors, residuals=rest, rounding=rounding, seed=_seeds(seed, names))
         residuals(model).update(zip(names, rest or [], strict=bool(rest)))
@@ -221,7 +221,8 @@ def _residual(held: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
 def residuals(model: nn.Module) -> dict[str, torch.Tensor]:
     """What rounding left of merged weights, by layer name: bf16 (out, in); the base is weight + residual. Empty where no merge
     kept one. The dict is the model's own: a checkpoint saves it and puts it back."""
-    return model.__dict__.setdefault("_flora_residuals", {})
+    kept: dict[str, torch.Tensor] = model.__dict__.setdefault("_flora_residuals", {})
+    return kept
 
 
 def accumulate(model: nn.Module, adapters: Adapters, rank: int | None = None, tol: float = 0.0) -> dict[str, float]:

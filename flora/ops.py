@@ -5,6 +5,7 @@ picks a backend (flora.kernels). The autograd.Function stands outside the operat
 Layers that read the same x are one call: x is read once for all of their h, and their dx accumulate in place.
 """
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,29 +34,34 @@ for _op, _written in (("lora_linear", 0), ("lora_linear_backward", 0), ("lora_ad
 
 
 @torch.library.register_fake("flora::lora_linear", lib=LIB)
-def _(x, weights, biases, As, Bs, scales, frozen, row_offsets, rank_offsets, frozen_ranges, widths, dropout, keys):
+def _(x: Tensor, weights: Sequence[Tensor], biases: Any, As: Any, Bs: Any, scales: Any, frozen: Any, row_offsets: Any,
+      rank_offsets: Any, frozen_ranges: Any, widths: Sequence[int], *rest: Any) -> tuple[list[Tensor], Tensor]:
     return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights], x.new_empty(x.shape[0], sum(widths))
 
 
 @torch.library.register_fake("flora::lora_linear_backward", lib=LIB)
-def _(dys, x, h, weights, As, Bs, scales, frozen, row_offsets, rank_offsets, frozen_ranges, widths, dropout, keys, needs):
-    L, dy = len(As), dys[0]
+def _(dys: Sequence[Tensor], x: Any, h: Any, weights: Any, As: Sequence[Tensor], Bs: Sequence[Tensor],
+      *rest: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    L, dy, needs = len(As), dys[0], rest[-1]
     dAs = [A.new_empty(A.shape if need else 0) for A, need in zip(As, needs[1:L + 1], strict=True)]
     dBs = [gradient_like(B) if need else B.new_empty(0) for B, need in zip(Bs, needs[L + 1:], strict=True)]
     return dy.new_empty((dy.shape[0], As[0].shape[1]) if needs[0] else 0), dAs, dBs
 
 
 @torch.library.register_fake("flora::lora_add_", lib=LIB)
-def _(y, x, A, B, scale, frozen, row_offsets, rank_offsets, frozen_ranges, width, dropout, keys):
+def _(y: Any, x: Tensor, A: Any, B: Any, scale: Any, frozen: Any, row_offsets: Any, rank_offsets: Any, frozen_ranges: Any,
+      width: int, *rest: Any) -> Tensor:
     return x.new_empty(x.shape[0], width)
 
 
-def _forward_order(As, Bs, weights, biases, scales, frozen, segments, widths, dropout, keys) -> tuple:
+def _forward_order(As: Sequence[Tensor], Bs: Sequence[Tensor], weights: Any, biases: Any, scales: Any, frozen: Any, segments: Any,
+                   *rest: Any) -> tuple[Any, ...]:
     """The arguments of the forward operator after x, in its order."""
-    return weights, biases, As, Bs, scales, frozen, *segments, widths, dropout, keys
+    return weights, biases, As, Bs, scales, frozen, *segments, *rest
 
 
-def _save(ctx, x, h, factors, weights, scales, frozen, segments, widths, dropout, keys, x_at=0) -> None:
+def _save(ctx: Any, x: Any, h: Any, factors: Any, weights: Any, scales: Any, frozen: Any, segments: Any, widths: Any,
+          dropout: float, keys: Any, x_at: int = 0) -> None:
     """Keeps for the backward pass what the gradients asked for need: x for the As alone, h for the Bs alone."""
     L = len(scales)
     ctx.wanted = [ctx.needs_input_grad[x_at], *ctx.needs_input_grad[len(ctx.needs_input_grad) - 2 * L:]]
@@ -64,10 +70,11 @@ def _save(ctx, x, h, factors, weights, scales, frozen, segments, widths, dropout
     ctx.counts, ctx.widths, ctx.dropout = (len(weights), L, L, L, len(keys), len(frozen)), widths, dropout
 
 
-def _gradients(ctx, dys) -> tuple:
+def _gradients(ctx: Any, dys: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     """dx and the gradients of all As, then all Bs; None where one was not asked for."""
     x, h, row_offsets, rank_offsets, ranges, *rest = ctx.saved_tensors
-    parts, start = [], 0
+    parts: list[list[Tensor]] = []
+    start = 0
     for count in ctx.counts:
         parts.append(list(rest[start:start + count]))
         start += count
@@ -82,7 +89,8 @@ class _LoRALinear(torch.autograd.Function):
     """Inputs: x, eight without a gradient, the As, the Bs."""
 
     @staticmethod
-    def forward(ctx, x, weights, biases, scales, frozen, segments, widths, dropout, keys, *factors):
+    def forward(ctx: Any, x: Tensor, weights: Any, biases: Any, scales: Any, frozen: Any, segments: Any, widths: Any,
+                dropout: float, keys: Any, *factors: Tensor) -> tuple[Tensor, ...]:
         L = len(scales)
         ys, h = torch.ops.flora.lora_linear(x, *_forward_order(factors[:L], factors[L:], weights, biases, scales, frozen, segments,
                                                                widths, dropout, keys))
@@ -91,7 +99,7 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *dys):
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         dx, *grads = _gradients(ctx, dys)
         return dx, *[None] * 8, *grads
 
@@ -101,7 +109,8 @@ class _LoRAAdd(torch.autograd.Function):
     six without a gradient, A, B."""
 
     @staticmethod
-    def forward(ctx, y, x, scale, frozen, segments, width, dropout, keys, A, B):
+    def forward(ctx: Any, y: Tensor, x: Tensor, scale: Tensor, frozen: Any, segments: Any, width: int, dropout: float, keys: Any,
+                A: Tensor, B: Tensor) -> Tensor:
         h = torch.ops.flora.lora_add_(y, x, A, B, scale, frozen, *segments, width, dropout, keys)
         ctx.mark_dirty(y)
         _save(ctx, x, h, (A, B), (), (scale,), frozen, segments, [width], dropout, () if keys is None else (keys,), 1)
@@ -109,14 +118,14 @@ class _LoRAAdd(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx, dA, dB = _gradients(ctx, (dy,))
         return dy, dx, *[None] * 6, dA, dB
 
 
 def lora_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: Tensor, bias: Tensor | None = None, *,
                 row_offsets: Sequence[int] | Tensor | Segments | None = None,
-                rank_offsets: Sequence[int] | Tensor | None = None, frozen: HasRanks | Sequence | None = None,
+                rank_offsets: Sequence[int] | Tensor | None = None, frozen: HasRanks | Sequence[Any] | None = None,
                 dropout: float = 0.0, seed: int | Tensor | None = None) -> Tensor:
     """y = x Wᵀ + bias + ((dropout(x) Aᵀ) · scale) Bᵀ, without ΔW; K clients of different ranks in one call.
 
@@ -137,7 +146,7 @@ def lora_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: Tensor, 
 
 def lora_linears(x: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[Tensor],
                  biases: Sequence[Tensor | None] | None = None, *, row_offsets: Sequence[int] | Tensor | Segments | None = None,
-                 rank_offsets: Sequence[int] | Tensor | None = None, frozen: Sequence[HasRanks | Sequence] | None = None,
+                 rank_offsets: Sequence[int] | Tensor | None = None, frozen: Sequence[HasRanks | Sequence[Any]] | None = None,
                  dropout: float = 0.0, seeds: Sequence[int | Tensor | None] | None = None) -> tuple[Tensor, ...]:
     """lora_linear of several layers that read the same x (q, k and v; gate and up), in one call: the y of each.
 
@@ -154,14 +163,14 @@ def lora_linears(x: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], Bs:
         check_weight(weight)
         check("x", x.dim() >= 1 and x.shape[-1] == weight.shape[1], f"(..., {weight.shape[1]})", tuple(x.shape))
         check("x", device == weight.device, f"a tensor on {weight.device}, where weight is", device)
-        check_ranks("adapter", (A, B, scale), tuple(weight.shape), device)
+        check_ranks("adapter", (A, B, scale), (weight.shape[0], weight.shape[1]), device)
         check("bias", bias is None or tuple(bias.shape) == (weight.shape[0],), f"({weight.shape[0]},)",
               bias is not None and tuple(bias.shape))
     if device.type != "meta" and torch.is_autocast_enabled(device.type) and x.dtype != torch.float64:   # which meta cannot ask
         x = x.to(torch.get_autocast_dtype(device.type))
     check_reverse(x, *As, *Bs)
     flat = _rows(x)
-    shapes = [tuple(weight.shape) for weight in weights]
+    shapes = [(weight.shape[0], weight.shape[1]) for weight in weights]
     held, segments, widths, keys = _routing(flat, As, shapes, row_offsets, rank_offsets, frozen, dropout, seeds)
     fixed = ([weight.detach() for weight in weights], [None if bias is None else bias.detach() for bias in biases],
              [scale.detach().float() for scale in scales], held, segments, widths, float(dropout), keys)
@@ -179,7 +188,7 @@ def _rows(t: Tensor) -> Tensor:
 
 def lora_add_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Tensor, *,
               row_offsets: Sequence[int] | Tensor | Segments | None = None, rank_offsets: Sequence[int] | Tensor | None = None,
-              frozen: HasRanks | Sequence | None = None, dropout: float = 0.0, seed: int | Tensor | None = None) -> Tensor:
+              frozen: HasRanks | Sequence[Any] | None = None, dropout: float = 0.0, seed: int | Tensor | None = None) -> Tensor:
     """y += ((dropout(x) Aᵀ) · scale) Bᵀ in place: the LoRA path alone, on top of any base product; returns y.
 
     For a base that lora_linear cannot multiply with: 4-bit, 8-bit, FP8, an expert. y (..., out) is what the base gave for
@@ -198,21 +207,24 @@ def lora_add_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Tensor, *,
     check_reverse(y, x, A, B)
     if not torch.compiler.is_compiling():
         check_no_leaf("y", y)
-        x = x.clone() if torch._C._is_alias_of(x, y) else x                 # it is read after y is written, and for the backward
+        shared = torch._C._is_alias_of(x, y)                                # type: ignore[attr-defined]
+        x = x.clone() if shared else x                                      # it is read after y is written, and for the backward
     flat = _rows(x.to(y.dtype))
     held, segments, [width], keys = _routing(flat, [A], [shape], row_offsets, rank_offsets, None if frozen is None else [frozen],
                                              dropout, [seed])
     fixed = (scale.detach().float(), held, segments, width, float(dropout), keys[0] if keys else None)
     if y.dim() == 2:
-        return _LoRAAdd.apply(y, flat, *fixed, A, B)
+        written: Tensor = _LoRAAdd.apply(y, flat, *fixed, A, B)
+        return written
     if y.is_contiguous():
         _LoRAAdd.apply(_rows(y), flat, *fixed, A, B)
         return y
     return y.copy_(_LoRAAdd.apply(_rows(y).clone(), flat, *fixed, A, B).view(y.shape))
 
 
-def _routing(x: Tensor, As: Sequence[Tensor], shapes: Sequence[tuple[int, int]], row_offsets, rank_offsets,
-             frozen: Sequence[HasRanks | Sequence] | None, dropout: float, seeds: Sequence[int | Tensor | None]):
+def _routing(x: Tensor, As: Sequence[Tensor], shapes: Sequence[tuple[int, int]], row_offsets: Any, rank_offsets: Any,
+             frozen: Sequence[HasRanks | Sequence[Any]] | None, dropout: float, seeds: Sequence[int | Tensor | None],
+             ) -> tuple[list[Tensor], tuple[Tensor | None, ...], list[int], list[Tensor]]:
     """What the layers of a call share: frozen tensors, (row_offsets, rank_offsets, frozen ranges), the columns of h that each
     layer has, and a key for every row and layer where there is dropout."""
     check("dropout", 0.0 <= dropout < 1.0, "a probability in [0, 1)", dropout)

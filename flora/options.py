@@ -5,7 +5,8 @@ import dataclasses
 import difflib
 import io
 from collections.abc import Iterable, Sequence
-from typing import IO, TYPE_CHECKING, Annotated, NoReturn
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -44,7 +45,7 @@ class Parser(argparse.ArgumentParser):
         own = self.format_usage().split("[-h]")[-1].strip().replace("\n", " ")
         self.usage = " ".join(f"{self.prog} [CONFIG.yaml] {own} [--key value ...]".split())
 
-    def print_help(self, file: IO[str] | None = None) -> None:
+    def print_help(self, file: Any = None) -> None:
         """argparse's help, and the keys."""
         super().print_help(file)
         if self.show_keys:
@@ -105,7 +106,7 @@ def _print_keys() -> None:
 
     from flora.config import RunConfig
 
-    options = _options(RunConfig())
+    options = _options(RunConfig.model_construct())
     with contextlib.suppress(SystemExit):
         tyro.cli(type(options), prog="flora run [CONFIG.yaml]", args=["--help"], default=options)
 
@@ -114,7 +115,7 @@ def key_options() -> list[str]:
     """Every key of a run as a word of the command line: --lora-r, --partition.by; --no-quiet, which takes a switch back."""
     from flora.config import RunConfig
 
-    def names(options: object, prefix: str) -> list[str]:
+    def names(options: Any, prefix: str) -> list[str]:
         out = []
         for field in dataclasses.fields(options):
             value, name = getattr(options, field.name), field.name.replace("_", "-")
@@ -124,7 +125,7 @@ def key_options() -> list[str]:
                 out += [f"--{prefix}{name}"] + [f"--{prefix}no-{name}"] * isinstance(value, bool)
         return out
 
-    return names(_options(RunConfig()), "")
+    return names(_options(RunConfig.model_construct()), "")
 
 
 def _sentence(box: str) -> str:
@@ -134,7 +135,7 @@ def _sentence(box: str) -> str:
     return " ".join(" ".join(said).split()).rstrip(".")
 
 
-def _options(config: "BaseModel") -> object:
+def _options(config: "BaseModel") -> Any:
     """A config as a plain dataclass for tyro to fill in, so that one place (config.parse) checks the values."""
     import tyro
     from pydantic import BaseModel
@@ -147,5 +148,5 @@ def _options(config: "BaseModel") -> object:
         nested = isinstance(value, BaseModel)
         default = _options(value) if nested else value
         kind = type(default) if nested else Annotated[field.annotation, tyro.conf.arg(help=field.description)]
-        fields.append((name, kind, dataclasses.field(default_factory=lambda default=default: default)))
+        fields.append((name, kind, dataclasses.field(default_factory=partial(lambda value: value, default))))
     return dataclasses.make_dataclass(type(config).__name__, fields, namespace={"__doc__": type(config).__doc__})()

@@ -75,7 +75,8 @@ class Packed:
             ranges.append((0, 0) if a is None else places[id(a)])
         whole = stack(held)
         frozen = ops.Frozen(whole.A, whole.B, whole.scale, ranges)
-        frozen.ranges = self._ranges.setdefault(tuple(ranges), frozen.ranges)       # one object: layers that share an input agree
+        if frozen.ranges is not None:
+            frozen.ranges = self._ranges.setdefault(tuple(ranges), frozen.ranges)     # one object: layers that share an input agree
         return frozen
 
     def route(self, rows: Sequence[int], keys: Tensor | None) -> None:

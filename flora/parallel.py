@@ -1,5 +1,5 @@
 """A function of many layers, a core each."""
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -8,7 +8,7 @@ import torch
 Result = TypeVar("Result")
 
 
-def each(function: Callable[[str], Result], layers: Mapping[str, object]) -> list[Result]:
+def each(function: Callable[[str], Result], layers: Iterable[str]) -> list[Result]:
     """function(name) of every layer; without a GPU a layer a core, each by one thread: QRs this small gain nothing from more.
 
     Two threads in each took 21 s for the layers of a model of 135M on two cores that another process shared, one thread in all

@@ -3,7 +3,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
-from flora.limits import Limits
+from flora.limits import Dtype, Limits
 
 
 class Strict(BaseModel):
@@ -133,7 +133,7 @@ class LimitsConfig(Strict):
     """Fixed factors that the receiver makes for the cores of a message (Fed-SB)."""
     max_frame_gmac: PositiveFloat = Limits.max_frame_work / 1e9
     """10^9 multiply-adds that making them takes; about one a second on a core."""
-    dtypes: tuple[Literal["F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2"], ...] = Limits.dtypes
+    dtypes: tuple[Dtype, ...] = Limits.dtypes
     """Of factors, named as safetensors does."""
 
     def limits(self) -> Limits:

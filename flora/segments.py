@@ -2,7 +2,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 from operator import index
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,9 +13,14 @@ from flora.errors import AdapterError
 
 class HasRanks(Protocol):
     """Anything with the three tensors of an adapter."""
-    A: Tensor
-    B: Tensor
-    scale: Tensor
+    @property
+    def A(self) -> Tensor: ...
+
+    @property
+    def B(self) -> Tensor: ...
+
+    @property
+    def scale(self) -> Tensor: ...
 
 
 class Frozen:
@@ -72,13 +77,15 @@ class Segments:
 def segments_of(row_offsets: Sequence[int] | Tensor | Segments | None, rank_offsets: Sequence[int] | Tensor | None,
                 rows: int, ranks: Sequence[int]) -> Segments | None:
     """The Segments that a call's offsets mean, checked against its rows and the ranks of each of its layers."""
-    segments = row_offsets if isinstance(row_offsets, Segments) else None
-    if segments is not None:
+    segments = None
+    if isinstance(row_offsets, Segments):
         check("rank_offsets", rank_offsets is None, "none beside Segments, which hold them", rank_offsets)
-    elif row_offsets is not None or rank_offsets is not None:
-        check("offsets", row_offsets is not None and rank_offsets is not None, "row_offsets and rank_offsets, or neither",
-              "one of the two")
+        segments = row_offsets
+    elif row_offsets is not None and rank_offsets is not None:
         segments = Segments(row_offsets, rank_offsets)
+    else:
+        check("offsets", row_offsets is None and rank_offsets is None, "row_offsets and rank_offsets, or neither",
+              "one of the two")
     if segments is not None:                  # formatting a size makes torch.compile compile again for each: only for errors
         if segments.num_rows != rows:
             check("row_offsets", False, f"{rows} as the last (rows of x)", segments.num_rows)
@@ -88,13 +95,14 @@ def segments_of(row_offsets: Sequence[int] | Tensor | Segments | None, rank_offs
     return segments
 
 
-def frozen_operand(frozen: HasRanks | Sequence | None, shape: tuple[int, int], device: torch.device,
+def frozen_operand(frozen: HasRanks | Sequence[Any] | None, shape: tuple[int, int], device: torch.device,
                    segments: Segments | None) -> tuple[list[Tensor], Tensor | None]:
     """The frozen ranks of one layer as a list of tensors (empty: none) and their ranges (None: all rows use all)."""
     if frozen is None:
         return [], None
     if not isinstance(frozen, Frozen):
-        given = (frozen.A, frozen.B, frozen.scale) if hasattr(frozen, "A") else frozen
+        given: Any = frozen
+        given = (given.A, given.B, given.scale) if hasattr(given, "A") else given
         check("frozen", isinstance(given, Sequence) and len(given) in (3, 4), "a Frozen, an Adapter or (A, B, scale)", type(given))
         frozen = Frozen(*given)
     check_ranks("frozen", (frozen.A, frozen.B, frozen.scale), shape, device)

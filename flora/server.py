@@ -1,8 +1,9 @@
 """The server's side of a round: who is sampled, which updates count, what is sent next, what a client missed."""
 import inspect
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -150,7 +151,7 @@ class Server:
         return self._send(following)
 
     def _new_inbox(self) -> Inbox:
-        weighting = self.options.get("weights", self.weighting)
+        weighting: Any = self.options.get("weights", self.weighting)
         return Inbox(self.clients, self.shapes, self.strategy, self.options, self.trust, weighting)
 
     def _sift(self) -> Sifted:
@@ -181,7 +182,7 @@ class Server:
         """Notes the ranks of clients that prune their own for good (Strategy.prunes, HetLoRA)."""
         if self.strategy.prunes:
             left = {u.client: max((a.rank for a in u.adapters.values()), default=1) for u in updates}
-            self.clients = [replace(c, rank=min(c.rank, left.get(c.name, c.rank))) for c in self.clients]
+            self.clients = [replace(c, rank=min(cast(int, c.rank), left.get(c.name, cast(int, c.rank)))) for c in self.clients]
 
     def rehearse(self) -> None:
         """Aggregates updates of one small layer that have the ranks and scales of this run's clients.
@@ -222,7 +223,7 @@ class Server:
             self.discard()
             return self.broadcast
         self._inbox = self._new_inbox()
-        return self._send(self.stream.close())
+        return self._send(cast(Stream, self.stream).close())
 
     def _send(self, broadcast: Broadcast) -> Broadcast:
         """Makes this the broadcast that is due."""
@@ -287,11 +288,11 @@ def _bytes(merges: Sequence[Adapters]) -> int:
     return sum(a.nbytes for merge in merges for a in merge.values())
 
 
-def _size(merges) -> int:
+def _size(merges: Iterable[Adapters]) -> int:
     """Numbers in the factors."""
     return sum(a.A.numel() + a.B.numel() for merge in merges for a in merge.values())
 
 
-def _dense(merges) -> int:
+def _dense(merges: Iterable[Adapters]) -> int:
     """Numbers in the weights of their layers."""
     return sum(out * inn for out, inn in {layer: a.shape for merge in merges for layer, a in merge.items()}.values())

@@ -13,7 +13,7 @@ from flora.adapter import Adapter
 from flora.errors import AdapterError, TargetError
 
 
-def is_sharded(tensor: Tensor | None) -> bool:
+def is_sharded(tensor: object) -> bool:
     """Whether it is a DTensor; of its own look, so that torch.distributed need not be imported to ask."""
     return hasattr(tensor, "to_local") and hasattr(tensor, "placements")
 

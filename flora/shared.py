@@ -16,11 +16,11 @@ class _Pass:
     outputs that wait for their layers."""
     hooks: object
     x: Tensor | None = None
-    state: tuple = ()
+    state: tuple[object, ...] = ()
     waiting: dict[LoRALinear, Tensor] = field(default_factory=dict)
 
 
-def _state(x: Tensor) -> tuple:
+def _state(x: Tensor) -> tuple[object, ...]:
     """What one output depends on beside x and the layer: what was written to x since, grad and inference mode, autocast, the
     checkpoint that it is in."""
     kind = x.device.type
@@ -44,11 +44,11 @@ class SharedInput:
         for layer in layers:
             layer.shared = self
 
-    def _start(self, *_) -> None:
+    def _start(self, *_: object) -> None:
         if not torch.compiler.is_compiling():
             self.passes[threading.get_ident()] = _Pass(top_hooks(True))
 
-    def _stop(self, *_) -> None:
+    def _stop(self, *_: object) -> None:
         if self.passes:
             self.passes.pop(threading.get_ident(), None)
 
@@ -89,14 +89,15 @@ class SharedInput:
         """The outputs of all layers, in one call."""
         first = self.layers[0]
         return ops.lora_linears(x, [matrix(m.base) for m in self.layers], [m.A for m in self.layers], [m.B for m in self.layers],
-                                [m.scale for m in self.layers], [m.base.bias for m in self.layers],
+                                [m.scale for m in self.layers], [m.bias for m in self.layers],
                                 row_offsets=first.routing.segments, dropout=first.dropout if first.training else 0.0,
                                 seeds=[m.seed() for m in self.layers],
-                                frozen=None if first.frozen is None else [m.frozen for m in self.layers])
+                                frozen=None if first.frozen is None else [m.frozen for m in self.layers if m.frozen is not None])
 
     def _alike(self) -> bool:
         """Whether one call can serve all: the same clients and dropout; frozen ranks for all, with the same ranges, or for none."""
         first = self.layers[0]
         return all(m.routing is first.routing and m.dropout == first.dropout and m.training == first.training
                    and (m.frozen is None) == (first.frozen is None)
-                   and (m.frozen is None or m.frozen.ranges is first.frozen.ranges) for m in self.layers[1:])
+                   and (m.frozen is None or first.frozen is None or m.frozen.ranges is first.frozen.ranges)
+                   for m in self.layers[1:])

@@ -2,6 +2,7 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -28,7 +29,7 @@ def interleaved(variants: Mapping[str, Callable[[], object]], repeats: int = 15,
     return seconds
 
 
-def rows_of(case: str, seconds: Mapping[str, list[float]], against: str, limit: float | None = None) -> list[dict]:
+def rows_of(case: str, seconds: Mapping[str, list[float]], against: str, limit: float | None = None) -> list[dict[str, Any]]:
     """One row a variant: median and quartiles in ms, its time as a multiple of that of the variant `against` and of the limit
     (seconds)."""
     base = statistics.median(seconds[against])
@@ -76,7 +77,7 @@ def roofline(shapes: Sequence[tuple[str, int, int]], num_rows: int, rank: int, i
     return seconds
 
 
-def show(console: Console, case: str, rows: list[dict]) -> None:
+def show(console: Console, case: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """The table of a case, with the columns that its rows have."""
     table = Table(title=case, title_justify="left", box=None)
     extra = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]

@@ -100,14 +100,16 @@ def check_shape(name: str, adapter: Adapter, shape: tuple[int, int]) -> None:
 
 def bases_of(model: nn.Module, adapters: Adapters, tied: bool = False) -> dict[str, nn.Module]:
     """The linear module of every adapter, checked: it exists, fits, and shares its weight with no other module (unless tied)."""
-    linears, bases = linear_modules(model), {}
+    linears = linear_modules(model)
+    bases: dict[str, nn.Module] = {}
     for name, adapter in adapters.items():
-        base = bases[name] = linears.get(name)
+        base = linears.get(name)
         if base is None:
             raise TargetError(f"expected a linear module named {name!r} in the model; got none. Was the adapter made for another "
                               "model?")
         refuse_parametrized(base, name)
         check_shape(name, adapter, shape_of(base))
+        bases[name] = base
     if not tied:
         refuse_tied(model, bases)
     return bases

@@ -103,7 +103,8 @@ def _compared(folder: Path, number: int, trained: Mapping[int, Sequence[Mapping[
     made, note = load_peft(here / "aggregate"), ""
     if (here / "dense.json").exists():
         whole = set(json.loads((here / "dense.json").read_text()))
-        layers, made = ({name: one for name, one in some.items() if name not in whole} for some in (layers, made))
+        layers = {name: terms for name, terms in layers.items() if name not in whole}
+        made = {name: a for name, a in made.items() if name not in whole}
         note = f"{len(whole)} layers travelled as new weights and are not compared"
     if not layers:
         raise _Cannot(note)

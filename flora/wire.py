@@ -12,6 +12,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -65,7 +66,8 @@ def ordered(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _table(tensors: Mapping[str, torch.Tensor]) -> dict[str, object]:
-    out, offset = {}, 0
+    out: dict[str, object] = {}
+    offset = 0
     for name, tensor in tensors.items():
         end = offset + tensor.numel() * tensor.element_size()
         out[name] = {"dtype": DTYPES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [offset, end]}
@@ -95,7 +97,7 @@ def write(tensors: Mapping[str, torch.Tensor], fields: Mapping[str, object]) -> 
     """The message of these tensors, in the order of `ordered`, and fields, which JSON can hold."""
     table = _table(tensors)
     flat = [t.detach().cpu().contiguous().reshape(-1) for t in tensors.values()]
-    parts = [memoryview(t.view(torch.uint8).numpy()) if len(t) else memoryview(b"") for t in flat]
+    parts = [t.view(torch.uint8).numpy().data if len(t) else memoryview(b"") for t in flat]
     header = _header({**fields, "digest": _digest(fields, table, *parts)}, table)
     return b"".join((struct.pack("<Q", len(header)), header, *parts))
 
@@ -106,7 +108,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return keys
 
 
-def read(data: bytes, limits: Limits) -> tuple[dict, dict[str, torch.Tensor]]:
+def read(data: bytes, limits: Limits) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """(fields, tensors) of a message, sizes, spelling, digest, dtypes and the place of every tensor checked.
 
     Raises MessageError, or what json, struct and safetensors raise, for anything else.
@@ -137,7 +139,7 @@ def sides(shape: object) -> bool:
     return isinstance(shape, list) and all(type(n) is int and 1 <= n < 1 << 62 for n in shape)
 
 
-def _places(table: Mapping[str, object], length: int, limits: Limits) -> None:
+def _places(table: Mapping[str, Any], length: int, limits: Limits) -> None:
     """Refuses tensors that are not a vector or matrix of an accepted dtype, one after the other, filling the body."""
     offset = 0
     for name, entry in table.items():

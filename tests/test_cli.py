@@ -1,6 +1,5 @@
 """The verbs as a person types them: exit codes, one paragraph an error, and how little is imported before it is needed."""
 import json
-import time
 
 import pytest
 import yaml
@@ -10,7 +9,8 @@ from flora.cli import VERBS, main
 from flora.data import SOURCES
 from flora.report import read_metrics
 
-HEAVY = ("torch", "numpy", "transformers", "pydantic", "datasets", "rich", "tyro", "peft", "yaml")
+HEAVY = ("torch", "numpy", "transformers", "pydantic", "datasets", "rich", "tyro", "peft", "yaml", "pandas", "pyarrow",
+         "matplotlib", "huggingface_hub", "tokenizers", "triton", "scipy", "accelerate", "flwr", "nvflare")
 
 
 @pytest.fixture
@@ -37,10 +37,10 @@ def loaded_after(code):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def test_help_comes_within_a_second_and_imports_nothing_heavy():
-    began = time.perf_counter()
+def test_help_imports_nothing_heavy():
+    """So it answers at once: nothing of it takes longer than Python itself."""
     done = python("-m", "flora.cli", "--help")
-    assert time.perf_counter() - began < 1.0 and done.returncode == 0 and done.stderr == ""
+    assert done.returncode == 0 and done.stderr == ""
     assert all(f"flora {verb}" in done.stdout for verb in ("run", "resume", "fetch", "doctor"))
     assert loaded_after("from flora.cli import main; main(['--help']); main(['--version']); main(['nonsense'])") == []
 

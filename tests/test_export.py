@@ -28,9 +28,6 @@ def test_the_model_is_exported_with_its_card(place, run, capsys):
     one, other = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (out, run / "model"))
     assert all(torch.equal(one[name], other[name]) for name in other)
     card = (out / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: transformers\nbase_model: ") and "license: unknown" in card
-    assert "ranks\n8, 4, 2, 1, 40 training rows in all, 2 rounds" in card and "No differential privacy." in card
-    assert "| before | 4." in card and "| after | " in card
     listed = {line.split("`")[1] for line in card.splitlines() if line.startswith("* `")}
     assert listed == {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert "client-0" not in card and {path.name for path in out.iterdir()} >= {"model.safetensors", "tokenizer.json", "README.md"}

@@ -1,11 +1,10 @@
 """A file imports only from files above it in the design's list, the core stays light, and no file outgrows its limit."""
 import ast
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from tiny import ROOT
+from tiny import ROOT, tracked
 
 LAYERS = [
     ["seeds", "files", "errors", "allocator", "parallel", "limits", "consistency"], ["sections"],
@@ -23,7 +22,7 @@ LAYERS = [
     ["engines.scores"], ["engines.guards"], ["engines.prepare"], ["engines.processes"], ["engines.hierarchy"], ["engines.traffic"],
     ["engines.measure", "engines.plan", "engines.merge_log"], ["engines.telling"], ["engines.party", "engines.remote"],
     ["engines.local", "engines.flower", "engines.nvflare"], ["engines"],
-    ["integrations"], ["options", "speed"],
+    ["integrations"], ["options", "speed"], ["card"],
     ["doctor", "tuning", "shards", "comparison", "verification", "skew", "exporting", "starter", "benchmark"],
     ["page"], ["outcome"], ["evaluation", "conversation"], ["verbs"], ["cli"]]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -103,15 +102,6 @@ def test_the_layer_rule_can_fail(tmp_path):
     assert imports(tmp_path / "x.py") == [
         ("typing", True), ("flora.cohort", True), ("flora.cli", False), ("flora.data.fetch.fetch", False), ("yaml", True)]
     assert unit("data.fetch.fetch") == "data" and unit("engines.prepare.Job") == "engines.prepare" and unit("nowhere") is None
-
-
-def tracked(*patterns):
-    """The files of the checkout that match, without what a build or an environment left there."""
-    command = ["git", "ls-files", "-co", "--exclude-standard", *patterns]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if found.returncode == 0:
-        return [ROOT / name for name in found.stdout.split("\n") if name and (ROOT / name).exists()]
-    return [path for pattern in patterns for path in ROOT.glob(pattern.replace("/*", "/**/*")) if path.is_file()]
 
 
 @pytest.mark.parametrize(("limit", "patterns"), [

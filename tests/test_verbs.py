@@ -129,7 +129,7 @@ def test_bash_completes_verbs_options_keys_choices_and_folders(tmp_path, capsys)
     script.write_text(capsys.readouterr().out)
     (tmp_path / "runs-1").mkdir()
     (tmp_path / "config.yaml").write_text("")
-    assert set(VERBS) <= complete(script, "") and complete(script, "re") == {"resume"}
+    assert set(VERBS) <= complete(script, "") and complete(script, "re") == {"resume", "report"}
     assert complete(script, "export", "--o") == {"--out"}
     assert complete(script, "merge", "--rounding", "") == {"nearest", "stochastic"}
     assert complete(script, "run", "--lora_") == {"--lora_r", "--lora_alpha", "--lora_dropout"}

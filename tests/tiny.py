@@ -136,3 +136,13 @@ def python(*arguments, cwd=None, timeout=120):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "132", "NO_COLOR": "1"}
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=cwd, timeout=timeout, env=env,
                           check=False)
+
+
+def tracked(*patterns):
+    """The files of the checkout that match, without what a build or an environment left there."""
+    command = ["git", "ls-files", "-co", "--exclude-standard", *patterns]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if found.returncode == 0:
+        return [ROOT / name for name in found.stdout.split("\n") if name and (ROOT / name).exists()]
+    return [path for pattern in patterns for path in ROOT.glob(pattern.replace("/*", "/**/*"))
+            if path.is_file() and path.suffix not in (".so", ".pyc")]

@@ -5,7 +5,7 @@ epoch's last batch may be short, and its last step may have fewer batches.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from flora.errors import DataError
 from flora.seeds import derive
 
-Row = dict[str, Any]
+Row = Mapping[str, Any]
 IGNORED = -100
 
 
@@ -76,7 +76,7 @@ class Batch:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """The same with `change` applied to every tensor: moved to a device, pinned."""
-        tensors = {f.name: change(t) for f in fields(self) if isinstance(t := getattr(self, f.name), Tensor)}
+        tensors: dict[str, Any] = {f.name: change(t) for f in fields(self) if isinstance(t := getattr(self, f.name), Tensor)}
         return replace(self, **tensors)
 
 

@@ -79,7 +79,8 @@ def tweets(path: Path, limit: int | None = None) -> list[Row]:
 def _json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return read
     except ValueError as error:
         raise DataError(
             f"{path} is not the JSON file that was fetched ({error}); delete its folder, run again"

@@ -21,8 +21,12 @@ import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flora.errors import FetchError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _CHUNK = 1 << 20
 _TIMEOUT = 60  # seconds without a byte
@@ -172,7 +176,7 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def progress(quiet: bool):
+def progress(quiet: bool) -> "Progress":
     """Return a progress bar on stderr that shows bytes, speed and time left; `quiet` shows nothing."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn

@@ -218,7 +218,8 @@ def _read_hub(name: str, limit: int | None) -> list[Row]:
 
 def _first_rows(table: "datasets.Dataset", limit: int | None) -> list[Row]:
     """Return the first rows of a table."""
-    return table.select(range(min(limit or len(table), len(table)))).to_list()
+    rows: list[Row] = table.select(range(min(limit or len(table), len(table)))).to_list()
+    return rows
 
 
 def _unreadable(files: list[Path], error: Exception) -> str:

@@ -114,7 +114,8 @@ def _cuts(size: int, num_clients: int, alpha: float, draw: np.random.RandomState
     share = draw.standard_gamma(alpha, num_clients)
     if share.sum() == 0:  # a tiny alpha underflows; its limit is one client that takes all
         share[draw.randint(num_clients)] = 1
-    return np.rint(np.cumsum(share / share.sum())[:-1] * size).astype(int)
+    cuts: np.ndarray = np.rint(np.cumsum(share / share.sum())[:-1] * size).astype(int)
+    return cuts
 
 
 def _own_shares(labels: list[str], num_clients: int, alpha: float, draw: np.random.RandomState) -> list[list[int]]:

@@ -112,7 +112,8 @@ def _plain(prompt: str | list[Row], completion: str) -> tuple[str, str, str]:
 
 def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
     """Tokenise many texts in one call, adding nothing: the template has written its special tokens out."""
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return ids
 
 
 def _start(tokenizer: "PreTrainedTokenizerBase") -> list[int]:

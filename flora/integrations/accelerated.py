@@ -12,6 +12,7 @@ autocast_adapter_dtype=False); sums are fp32. Gradients come in the factors' dty
 """
 import warnings
 from functools import lru_cache
+from typing import cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -31,7 +32,7 @@ class AcceleratedLinear(Linear):
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         if args or kwargs or type(x) is not Tensor or obstacle(self) or _special(x, self.base_layer.weight):
-            return super().forward(x, *args, **kwargs)
+            return cast(Tensor, super().forward(x, *args, **kwargs))
         name = next(name for name in self.active_adapters if name in self.lora_A)
         A, B, dropout = self.lora_A[name].weight, self.lora_B[name].weight, self.lora_dropout[name]
         scale = _scale(float(self.scaling[name]), A)

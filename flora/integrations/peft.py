@@ -8,7 +8,7 @@ trained on; nothing was merged into that.
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -52,7 +52,8 @@ def aggregate(state_dicts: Sequence[Mapping[str, Tensor]], weights: Sequence[flo
     shares = _weights(weights, len(clients))
     sets = [_read(tensors, config, f"client number {k}") for k, (tensors, config) in enumerate(zip(clients, configs, strict=True))]
     _refuse_other_layers(sets, rule)
-    updates = [Update(adapters, weight, client=f"number {k}")
+    # any positive weight: what is combined here travels nowhere, so it need not be a count
+    updates = [Update(adapters, cast(int, weight), client=f"number {k}")
                for k, (adapters, weight) in enumerate(zip(sets, shares, strict=True)) if weight > 0]
     version = _version(updates)
     made = aggregate_updates([Update(u.adapters, u.num_examples, client=u.client, base_version=version) for u in updates], strategy)
@@ -79,7 +80,7 @@ def _each(configs: object, count: int) -> list[dict[str, Any]]:
     """One configuration a client, as a dict."""
     if count == 0:
         raise StrategyError("expected at least one state dict to aggregate; got none. Did every client of the round fail?")
-    many = list(configs) if isinstance(configs, (list, tuple)) else [configs] * count
+    many: list[Any] = list(configs) if isinstance(configs, (list, tuple)) else [configs] * count
     if len(many) != count:
         raise StrategyError(f"expected one configuration, or one for each of {count} state dicts; got {len(many)}")
     return [config.to_dict() if hasattr(config, "to_dict") else config for config in many]

@@ -8,7 +8,8 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,7 +30,7 @@ class Choice(NamedTuple):
 
 
 @functools.cache
-def _load(name: str) -> tuple[object | None, str]:
+def _load(name: str) -> tuple[ModuleType | None, str]:
     """(the backend's module, "") or (None, why it cannot be used here)."""
     path = f"flora.kernels.{name}"
     spec = importlib.util.find_spec(path)
@@ -50,7 +51,7 @@ def _missing(name: str, op: str, device: str, dtype: torch.dtype | None = None) 
     if module is None:
         return why
     devices, forced = module.OPERATORS.get(op, ()), getattr(module, "WHEN_FORCED", {}).get(op, ())
-    refused = getattr(module, "REFUSED", {}).get((device, dtype), "")
+    refused: str = getattr(module, "REFUSED", {}).get((device, dtype), "")
     if device in devices or "*" in devices:
         return refused
     if device in forced:
@@ -59,7 +60,7 @@ def _missing(name: str, op: str, device: str, dtype: torch.dtype | None = None) 
 
 
 def _choose(op: str, device: str, dtype: torch.dtype | None = None) -> Choice:
-    reasons = []
+    reasons: list[str] = []
     for name in (_forced,) if _forced else BACKENDS:
         why = _missing(name, op, device, dtype)
         if not why:
@@ -71,15 +72,16 @@ def _choose(op: str, device: str, dtype: torch.dtype | None = None) -> Choice:
                        f"Leave the `with flora.kernels.use({_forced!r})` block, or see `flora doctor`.")
 
 
-def resolve(op: str, device: torch.device | str, dtype: torch.dtype | None = None) -> Callable:
+def resolve(op: str, device: torch.device | str, dtype: torch.dtype | None = None) -> Callable[..., Any]:
     """The function that runs an operator on a device in a dtype. Raises BackendError where a forced backend cannot."""
     return _function(op, device.type if isinstance(device, torch.device) else torch.device(device).type, dtype, _forced)
 
 
 @functools.cache
-def _function(op: str, device: str, dtype: torch.dtype | None, forced: str | None) -> Callable:
+def _function(op: str, device: str, dtype: torch.dtype | None, forced: str | None) -> Callable[..., Any]:
     """resolve, remembered: 224 layers ask at every pass."""
-    return getattr(_load(_choose(op, device, dtype).backend)[0], op)
+    found: Callable[..., Any] = getattr(_load(_choose(op, device, dtype).backend)[0], op)
+    return found
 
 
 @contextlib.contextmanager

@@ -3,7 +3,9 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from flora.adapter import all_layers
+from torch import Tensor
+
+from flora.adapter import Adapter, all_layers
 from flora.errors import MessageError, StrategyError
 from flora.messages import Broadcast, Update
 from flora.strategies.average import CENTRALIZED, FEDIT, FEDSA, HETLORA, STANDALONE, ZEROPAD
@@ -41,11 +43,12 @@ def _check(updates: Sequence[Update], rule: Strategy) -> None:
     if len(versions) != 1:
         raise StrategyError(f"expected updates trained on one version of the base; got versions {sorted(versions)}. Leave out "
                             "the clients that are behind.")
-    shapes: dict[str, tuple[int, int]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for number, update in enumerate(updates):
         who = update.client or f"number {number}"
-        for layer, held in {**update.adapters, **(update.base or {})}.items():
-            shapes.setdefault(layer, tuple(held.shape))
+        held: dict[str, Adapter | Tensor] = {**update.adapters, **(update.base or {})}
+        for layer, one in held.items():
+            shapes.setdefault(layer, tuple(one.shape))
         check_update(update, who, shapes)
     _check_kind(updates, rule)
     if not shapes:
@@ -63,7 +66,7 @@ def _check_kind(updates: Sequence[Update], rule: Strategy) -> None:
                                 f"{have}. Train what the broadcast says (Broadcast.train).")
 
 
-def check_update(update: Update, who: str, shapes: Mapping[str, tuple[int, int]]) -> None:
+def check_update(update: Update, who: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises StrategyError, which names `who`, unless the update has examples and finite adapters (or weights) for layers of these
     shapes, (out, in) by layer name."""
     if not update.num_examples > 0:

@@ -106,7 +106,8 @@ def shares(updates: Sequence[Update], weights: str | float) -> list[float]:
         return [float(weights)] * len(updates)
     if weights not in ("examples", "uniform", "tokens"):
         raise StrategyError(f'expected weights="examples", "uniform", "tokens" or a factor for every client; got {weights!r}')
-    counts = {"examples": lambda u: u.num_examples, "uniform": lambda u: 1, "tokens": lambda u: u.metrics.get("tokens", 0)}
+    counts: dict[str, Callable[[Update], float]] = {"examples": lambda u: u.num_examples, "uniform": lambda u: 1,
+                                                    "tokens": lambda u: u.metrics.get("tokens", 0)}
     values = [float(counts[weights](u)) for u in updates]
     for u, value in zip(updates, values, strict=True):
         if not 0.0 < value < math.inf:
@@ -159,7 +160,7 @@ def one_scale(layer: str, terms: Terms, mixed_alpha: str) -> None:
 
 def one_factor(layer: str, terms: Terms, factor: Literal["A", "B"]) -> Tensor:
     """The factor that all clients share, number by number. Raises StrategyError where they differ."""
-    first = getattr(terms[0][0], factor)
+    first: Tensor = getattr(terms[0][0], factor)
     for number, (a, _) in enumerate(terms):
         if not torch.equal(getattr(a, factor), first):
             raise StrategyError(f"{layer}: expected one {factor}, the same for all clients, as it did not train in this round; "

@@ -23,7 +23,7 @@ def _averaged(layer: str, terms: Terms, trained: Literal["A", "B"], mixed_alpha:
     one_scale(layer, terms, mixed_alpha)
     shared = one_factor(layer, terms, "A" if trained == "B" else "B")
     scale = common_scale([a for a, _ in terms], [p for _, p in terms])
-    total = 0
+    total = torch.zeros(())
     for a, p in terms:
         factor = getattr(a, trained)
         part = factor.to(torch.promote_types(factor.dtype, torch.float32)) * p
@@ -79,7 +79,7 @@ def refactored(a: Adapter) -> Adapter:
 def begin_fedsvd(shapes: Mapping[str, tuple[int, int]], ranks: Sequence[int], seed: int, scale: float = 2.0) -> Broadcast:
     """A shared A with orthonormal rows, and B = 0."""
     drawn = begin_frozen_A(shapes, ranks, seed, scale)
-    return replace(drawn, start={name: refactored(a) for name, a in drawn.start.items()})
+    return replace(drawn, start={name: refactored(a) for name, a in (drawn.start or {}).items()})
 
 
 def aggregate_fedsvd(updates: Sequence[Update], weights: str | float = "examples", absent: str = "zero", server_lr: float = 1.0,
@@ -89,8 +89,8 @@ def aggregate_fedsvd(updates: Sequence[Update], weights: str | float = "examples
     FedSVD, arXiv 2505.12805, section 3.
     """
     averaged = aggregate_ffa(updates, weights, absent, server_lr, mixed_alpha, sent)
-    parts = each(lambda name: refactored(averaged.start[name]), averaged.start)
-    return replace(averaged, start=dict(zip(averaged.start, parts, strict=True)))
+    start = averaged.start or {}
+    return replace(averaged, start=dict(zip(start, each(lambda name: refactored(start[name]), start), strict=True)))
 
 
 def begin_fedsb(shapes: Mapping[str, tuple[int, int]], ranks: Sequence[int], seed: int, scale: float = 2.0) -> Broadcast:

@@ -33,9 +33,9 @@ def aggregate_full(updates: Sequence[Update], weights: str = "examples") -> Broa
         raise StrategyError(f"expected weights by name for full, since weights are averaged whole; got the factor {weights}. Use "
                             '"examples", "uniform" or "tokens".')
     p = shares(updates, weights)
-    base = {}
-    for layer in all_layers([u.base for u in updates]):
-        base[layer] = _averaged([(u.base[layer], pk) for u, pk in zip(updates, p, strict=True) if layer in u.base])
+    held = [u.base or {} for u in updates]
+    base = {layer: _averaged([(one[layer], pk) for one, pk in zip(held, p, strict=True) if layer in one])
+            for layer in all_layers(held)}
     return Broadcast(base=base, train="weight")
 
 

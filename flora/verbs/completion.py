@@ -19,7 +19,7 @@ def completion_script(shell: str) -> str:
     flora.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = flora.add_subparsers(parser_class=Parser)
     for name, verb in VERBS.items():
-        doc = verb.declare.__doc__
+        doc = verb.declare.__doc__ or ""
         parser = verbs.add_parser(name, help=doc.strip().splitlines()[0], verb=name, doc=doc)
         verb.declare(parser)
         if parser.keys:
@@ -29,5 +29,5 @@ def completion_script(shell: str) -> str:
         for action in parser._actions:
             kind = shtab.DIRECTORY if action.metavar in FOLDERS else shtab.FILE if action.metavar in FILES else None
             if kind:
-                action.complete = kind
+                vars(action)["complete"] = kind
     return shtab.complete(flora, shell)
