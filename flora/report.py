@@ -20,14 +20,15 @@ SCORES = {"eval_label_accuracy": "labels", "eval_exact_match": "answers", "eval_
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl; a line that a crash cut short is left out."""
+    """The rows of a run's metrics.jsonl; a line that a crash cut short, or that is no row, is left out."""
     rows = []
     path = Path(folder) / "metrics.jsonl"
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             continue
+        rows += [row] if isinstance(row, dict) and "kind" in row else []
     return rows
 
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 import yaml
-from tiny import TARGETS, adapter, llama, same, tokenizer
+from tiny import ROOT, TARGETS, adapter, llama, same, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flora
@@ -44,12 +44,13 @@ def test_the_run_folder_holds_what_it_promises(runs, place, strategy):
     folder = runs[strategy]
     names = ["everyone"] if strategy == "centralized" else [f"client-{k}" for k in range(4)]
     assert {p.name for p in folder.iterdir()} == {
-        "config.yaml", "environment.json", "metrics.jsonl", "model", "rounds", "run.json"}
+        "config.yaml", "environment.json", "metrics.jsonl", "model", "rounds", "run.json", "tensorboard"}
     resolved = yaml.safe_load((folder / "config.yaml").read_text())
     assert flora.config.parse(resolved) == flora.config.parse(settings(place, strategy, strategy))
     assert resolved["weighting"] == "examples" and "overwrite" not in resolved
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["versions"]["torch"] == torch.__version__
+    assert (environment["commit"] is not None) == (ROOT / ".git").exists()
     assert {row["operator"] for row in environment["kernels"]} == set(flora.kernels.OPERATORS)
     assert json.loads((folder / "run.json").read_text()) == {"state": "finished", "rounds_done": 2}
     for number in "01":
