@@ -36,10 +36,12 @@ def eval_model(target: str | Path, data: str | Path | None = None, clients: Sequ
 
     target: a finished run, a model's folder or fetched name, a PEFT folder. data: a file, a folder of files, a fetched name, of
     which the first `limit` rows count; None: of a run, the rows that the server held out, and those of each client named. clients:
-    whose own models of the last round. with_base: also the model that training began with. settings: keys of a config over the
-    run's own, such as device, dtype, evaluate, per_device_eval_batch_size. Raises RunError, DataError, ConfigError.
+    whose own models of the last round; a beginning of a name is enough. with_base: also the model that training began with.
+    settings: keys of a config over the run's own, such as device, dtype, evaluate, per_device_eval_batch_size. Raises RunError,
+    DataError, ConfigError.
     """
     outcome = open_outcome(target, clients, with_base, settings)
+    clients = list(outcome.views)[len(outcome.views) - len(clients):]       # in full
     if data is not None:
         sets = {str(data): _rows_of(outcome, load_rows(data, limit))}
     elif limit is not None:

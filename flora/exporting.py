@@ -12,13 +12,14 @@ from flora.config import load, parse
 from flora.errors import RunError
 from flora.files import safe_name, staged, write_text
 from flora.formats import load_peft, save_portable
-from flora.report import read_metrics
+from flora.report import client_named, read_metrics
 
 
 def export(run: str | Path, out: str | Path, client: str | None = None) -> Path:
     """Writes the global model (or one client's last adapter) of a finished run, and its README.md, into a new folder.
 
-    Raises RunError for a folder that is no finished run, a client whose adapter was not kept, or an out that exists.
+    client: its name, or the beginning of it. Raises RunError for a folder that is no finished run, a client whose adapter was not
+    kept, or an out that exists.
     """
     folder, target = Path(run).expanduser(), Path(out).expanduser()
     state = state_of(folder)
@@ -28,6 +29,7 @@ def export(run: str | Path, out: str | Path, client: str | None = None) -> Path:
     if target.exists():
         raise RunError(f"expected a new folder to export to; {target} exists. Choose another --out.")
     config = parse({**load(folder / "config.yaml"), "output_dir": str(folder)}, str(folder / "config.yaml"))
+    client = client_named(folder, client) if client is not None else None
     source = result_of(folder, client)
     with staged(target) as made:
         if source.name == "model":

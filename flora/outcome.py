@@ -25,6 +25,7 @@ from flora.exporting import result_of
 from flora.formats import load_peft
 from flora.group import concatenated
 from flora.nn import applied, load_weights, target_shapes
+from flora.report import client_named
 from flora.shards import mapped_weights
 from flora.strategies import strategy_named
 
@@ -122,7 +123,7 @@ def _of_run(folder: Path, clients: Sequence[str], with_base: bool, settings: Map
         outcome.now = mapped_weights(source, outcome.model, layers)
     if not at_home:
         outcome.views[GLOBAL] = beside or None
-    for name in clients:
+    for name in [client_named(folder, word) for word in clients]:
         own, number = result_of(folder, name), int(result_of(folder, name).parents[1].name)
         outcome.views[name] = concatenated([part for part in (beside, load_peft(own), *_since(folder / "rounds", number)) if part])
     return outcome

@@ -12,6 +12,7 @@ from rich.table import Table
 from flora.checkpoint import disk_errors
 from flora.client import LocalClient
 from flora.display import Board, Display, Shown, duration
+from flora.errors import RunError
 from flora.files import append, write_text
 from flora.group import Group, leaves
 from flora.tracking import Tracked
@@ -30,6 +31,19 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
             continue
         rows += [row] if isinstance(row, dict) and "kind" in row else []
     return rows
+
+
+def client_named(folder: str | Path, word: str) -> str:
+    """The client of a run that this word names: by its name, or by a beginning that no other name has; else the word itself. Raises
+    RunError for a beginning of several names."""
+    names: set[str] = {row["client"] for row in read_metrics(folder) if row["kind"] == "client"}
+    found = sorted(name for name in names if name.startswith(word))
+    if word in names or not found:
+        return word
+    if len(found) > 1:
+        raise RunError(f"expected a client of {folder}, or a beginning of one name; {word!r} begins {len(found)}: "
+                       f"{', '.join(found[:5])}. Give more of it.")
+    return found[0]
 
 
 def _megabytes(count: float) -> str:

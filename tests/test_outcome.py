@@ -17,7 +17,7 @@ from flora.evaluate import evaluate, generate
 from flora.formats import save_peft
 from flora.nn import applied
 from flora.outcome import open_outcome
-from flora.report import read_metrics
+from flora.report import client_named, read_metrics
 
 RUNS = {"flora": {}, "one round": {"num_rounds": 1}, "warm": {"start": "warm"},
         "beside": {"merge_into": "adapter", "start": "warm"}, "fedit": {"strategy": "fedit", "lora_r": 4},
@@ -52,6 +52,19 @@ def test_eval_gives_what_the_run_has_measured(place, name):
     for client, row in trained.items():
         assert close(found[client, client]["loss"], row["eval_loss_after"]) and found[client, client]["rows"] == 3
         assert abs(row["eval_loss_after"] - found["global", client]["loss"]) > 1e-4         # another model than the global one
+
+
+def test_the_beginning_of_a_clients_name_is_enough_where_no_other_has_it(tmp_path, run):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"kind": "client", "client": name}) + "\n" for name in (
+        "5f2e", "5fa1", "9c", "9c77")))
+    assert [client_named(tmp_path, word) for word in ("5f2", "9c", "9c7", "zz")] == ["5f2e", "9c", "9c77", "zz"]
+    with pytest.raises(RunError, match=r"'5f' begins 2: 5f2e, 5fa1"):
+        client_named(tmp_path, "5f")
+    assert list(open_outcome(run, ["client-0"]).views)[-1] == "client-0"
+    with pytest.raises(RunError, match="'client-' begins"):
+        flora.eval_model(run, clients=["client-"])
+    with pytest.raises(RunError, match="'client-' begins"):
+        flora.export(run, tmp_path / "out", "client-")
 
 
 def test_clients_with_factors_at_home_are_evaluated_one_by_one(place):

@@ -6,6 +6,7 @@ from typing import Any
 from flora.options import Parser
 from flora.verbs.base import Call
 
+CLIENT = "a client's own model too, by its name or the beginning of it; again for others"
 TARGET = "a finished run; or a model's folder, a fetched model's name, a PEFT folder"
 
 
@@ -23,7 +24,7 @@ def evaluate(parser: Parser) -> Call:
     parser.add_argument("--data", metavar="FILE", help="rows: a file, a folder of files, a fetched name (default: what the run "
                         "held out)")
     parser.add_argument("--rows", type=int, metavar="N", help="only the first N rows of --data")
-    parser.add_argument("--client", metavar="NAME", action="append", default=[], help="a client's own model too; again for others")
+    parser.add_argument("--client", metavar="NAME", action="append", default=[], help=CLIENT)
     parser.add_argument("--with-base", action="store_true", help="also the model that training began with")
     parser.add_argument("--lm-eval", metavar="FOLDER", action="append", default=[], help="MMLU's parquet files, by "
                         "lm-evaluation-harness")
@@ -51,7 +52,7 @@ def chat(parser: Parser) -> Call:
     flora chat runs/demo --client client-0 --prompt "What is a good name for a cat?"
     """
     parser.add_argument("target", metavar="FOLDER", help=TARGET)
-    parser.add_argument("--client", metavar="NAME", action="append", default=[], help="a client's own model too; again for others")
+    parser.add_argument("--client", metavar="NAME", action="append", default=[], help=CLIENT)
     parser.add_argument("--prompt", metavar="TEXT", help="one question, and the end")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="of an answer (default: 128)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default: the likeliest token each time")
@@ -92,7 +93,8 @@ def export(parser: Parser) -> Call:
     """
     parser.add_argument("folder", metavar="FOLDER", help="the run's folder")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new folder")
-    parser.add_argument("--client", metavar="NAME", help="one client's last adapter in the place of the global model")
+    parser.add_argument("--client", metavar="NAME", help="one client's last adapter in the place of the global model; the "
+                        "beginning of its name is enough")
 
     def call(given: Namespace) -> None:
         from flora.exporting import export
