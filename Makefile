@@ -3,6 +3,7 @@
 #   make test     all tests        make check   lint, types        make bench   benchmarks of this machine
 #   make wheels   the sdist, a wheel with the compiled operators and one of Python alone, in dist/
 #   make test-engines   flora on Flower, NVFlare, in .venv-engines (500 MB with Ray); ENGINE_TESTS='-m "not slow"': no processes
+#   make bench-engines   what Flower and NVFlare add to a round
 #   make gpu      tests and benchmarks of a GPU (PY=python3 takes an environment that exists)
 #   make soak     50 kills, a fault at every write, 500 rounds with clients that die (20 minutes)
 #   make fuzz     messages from strangers, by a coverage-guided fuzzer (FUZZ="-runs=200000"; a find is written to the folder)
@@ -16,7 +17,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: install check test test-engines soak fuzz demo wheels bench gpu aot docs clean
+.PHONY: install check test test-engines soak fuzz demo wheels bench bench-engines gpu aot docs clean
 install: $(STAMP)
 
 $(VENV)/.torch: constraints.txt
@@ -71,6 +72,9 @@ bench: install
 	$(PY) -m benchmarks.bench_round
 	$(PY) -m benchmarks.bench_depth
 	$(PY) -m benchmarks.bench_peft
+
+bench-engines: $(ENGINES)/.installed
+	PYTHONPATH=. $(ENGINES)/bin/python -m benchmarks.bench_engines
 
 gpu: $(if $(filter command,$(firstword $(origin PY))),,install)
 	$(PY) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "make gpu needs an NVIDIA GPU; none was found"; exit 1; }
