@@ -1,6 +1,7 @@
 """What an engine adds to a round of flora's own, and the bytes that it moves: Flower and NVFlare, with their processes.
 
-    make bench-engines, or .venv-engines/bin/python -m benchmarks.bench_engines [--megabytes 80 800] [--repeats 2] [--engines ENGINE ...]
+    make bench-engines
+    .venv-engines/bin/python -m benchmarks.bench_engines [--megabytes 80 800] [--repeats 2] [--engines ENGINE ...]
 
 Four clients of one rank; the stack of their adapters, which every client is sent, has so many megabytes in fp32. The model has
 the 210 linears of SmolLM2-135M, random, and a vocabulary of 512 words; a client trains one step on one sequence of a few words, so
