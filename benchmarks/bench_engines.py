@@ -1,7 +1,7 @@
 """What an engine adds to a round of flora's own, and the bytes that it moves: Flower and NVFlare, with their processes.
 
     make bench-engines
-    .venv-engines/bin/python -m benchmarks.bench_engines [--megabytes 80 800] [--repeats 2] [--engines ENGINE ...]
+    .venv-engines/bin/python -m benchmarks.bench_engines [--megabytes 80 800] [--repeats 2] [--rounds 4] [--engines ENGINE ...]
 
 Four clients of one rank; the stack of their adapters, which every client is sent, has so many megabytes in fp32. The model has
 the 210 linears of SmolLM2-135M, random, and a vocabulary of 512 words; a client trains one step on one sequence of a few words, so
@@ -35,7 +35,7 @@ from benchmarks.shapes import SMOLLM2_135M
 from flora.speed import rows_of
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCKS, CLIENTS, ROUNDS = 30, 4, 4
+BLOCKS, CLIENTS = 30, 4
 LOCAL = "local, one by one"
 ONE_BY_ONE = """
 import sys, flora
@@ -69,10 +69,10 @@ def files(place: Path) -> None:
     write_rows(place / "rows.jsonl", 40)
 
 
-def config(place: Path, folder: Path, megabytes: float) -> dict[str, Any]:
+def config(place: Path, folder: Path, megabytes: float, rounds: int) -> dict[str, Any]:
     return {"model_name_or_path": str(place / "model"), "dataset": str(place / "rows.jsonl"), "num_clients": CLIENTS,
-            "num_rounds": ROUNDS, "lora_r": rank_for(megabytes), "lora_alpha": "2r", "max_steps": 1, "learning_rate": 1e-4,
-            "per_device_train_batch_size": 1, "eval_rows_per_client": 1, "server_eval_rows": 4, "eval_every": ROUNDS,
+            "num_rounds": rounds, "lora_r": rank_for(megabytes), "lora_alpha": "2r", "max_steps": 1, "learning_rate": 1e-4,
+            "per_device_train_batch_size": 1, "eval_rows_per_client": 1, "server_eval_rows": 4, "eval_every": rounds,
             "save_model": False, "quiet": True, "device": "cpu", "output_dir": str(folder / "run")}
 
 
@@ -128,11 +128,11 @@ def server_rows(path: Path) -> list[dict[str, Any]]:
     return [row for row in rows if row["kind"] == "server" and row["rounds_done"]]
 
 
-def watched(name: str, place: Path, megabytes: float) -> tuple[list[float], dict[str, float | None]]:
+def watched(name: str, place: Path, megabytes: float, rounds: int) -> tuple[list[float], dict[str, float | None]]:
     """Seconds of the inner rounds of one run, and its bytes. Leaves with its output where the run fails."""
     with tempfile.TemporaryDirectory(prefix="bench-engines-") as given:
         folder, seen = Path(given), []
-        values = config(place, folder, megabytes)
+        values = config(place, folder, megabytes, rounds)
         env = {**os.environ, "PYTHONPATH": str(ROOT), "FLORA_CACHE": str(folder / "cache"), "NODES": str(CLIENTS),
                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "CPUS": str(os.cpu_count()),
                "WORK": str(folder / "work")}
@@ -145,20 +145,21 @@ def watched(name: str, place: Path, megabytes: float) -> tuple[list[float], dict
                 seen += [time.perf_counter()] * (len(server_rows(metrics)) - len(seen))
                 time.sleep(0.02)
             rows = server_rows(metrics)
-            if process.returncode or len(rows) < ROUNDS or len(seen) < ROUNDS - 1:
+            if process.returncode or len(rows) < rounds or len(seen) < rounds - 1:
                 log.seek(0)
-                sys.exit(f"{name}: expected {ROUNDS} rounds; got {len(rows)}, exit code {process.returncode}\n{log.read()[-4000:]}")
+                sys.exit(f"{name}: expected {rounds} rounds; got {len(rows)}, exit code {process.returncode}\n{log.read()[-4000:]}")
         told = {"up_mb": rows[1]["bytes_up"] / 1e6, "down_mb": rows[1]["bytes_down"] / 1e6,
                 "told_mb": sum(row["bytes_up"] + row["bytes_down"] for row in rows) / 1e6, "wire_mb": None}
         if (folder / "counters").exists():
             told["wire_mb"] = int(re.search(r"lo:\s*(\d+)", (folder / "counters").read_text())[1]) / 1e6
-        return [after - before for before, after in itertools.pairwise(seen[:ROUNDS - 1])], told
+        return [after - before for before, after in itertools.pairwise(seen[:rounds - 1])], told
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", nargs="+", type=float, default=[80, 800])
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=4, help="of a run; all but the first and the last are measured")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     options = parser.parse_args()
     names = list(dict.fromkeys([LOCAL, *options.engines]))
@@ -170,7 +171,7 @@ def main() -> None:
             told: dict[str, dict[str, float | None]] = {}
             for number in range(options.repeats):
                 for name in names:
-                    found, told[name] = watched(name, place, megabytes)
+                    found, told[name] = watched(name, place, megabytes, options.rounds)
                     seconds[name] += found
                     print(f"{megabytes:g} MB, run {number}: {name}: {', '.join(f'{s:.1f}' for s in found)} s a round", flush=True)
             title = f"{CLIENTS} clients of rank {rank_for(megabytes)}, a stack of {megabytes:g} MB, a round"
