@@ -21,7 +21,7 @@ def usage() -> str:
     lines = [HEAD, ""]
     for name, verb in VERBS.items():
         about, _, examples = verb.declare.__doc__.strip().rpartition("\n\n")
-        lines.append(f"  {name:<11}{about.splitlines()[0].rstrip('.'):<61}{examples.splitlines()[0].strip()}")
+        lines.append(f"  {name:<11}{about.splitlines()[0].rstrip('.'):<63}{examples.splitlines()[0].strip()}")
     return "\n".join([*lines, "", TAIL])
 
 
