@@ -55,7 +55,7 @@ def test_every_run_has_event_files_that_say_what_its_rows_say(place):
 
 def test_tensorboard_itself_reads_them(place):
     accumulator = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator", reason="TensorBoard's own reader was not tried")
+        "tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard here, so not tested: its own reader")
     folder = flora.run(settings(place, "itself", overwrite=True))
     theirs = accumulator.EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     assert {tag: [(e.step, e.value) for e in theirs.Scalars(tag)] for tag in theirs.Tags()["scalars"]} == read(folder)
