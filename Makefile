@@ -4,7 +4,7 @@
 #   make wheels   the sdist, a wheel with the compiled operators and one of Python alone, in dist/
 #   make test-engines   flora on Flower, NVFlare, in .venv-engines (500 MB with Ray); ENGINE_TESTS='-m "not slow"': no processes
 #   make bench-engines   what Flower and NVFlare add to a round
-#   make gpu      tests and benchmarks of a GPU (PY=python3 takes an environment that exists)
+#   make gpu      on a GPU: the extension, the tests, compute-sanitizer, every benchmark (PART=merge: one part; PART=--help: all names)
 #   make soak     50 kills, a fault at every write, 500 rounds with clients that die (20 minutes)
 #   make fuzz     messages from strangers, by a coverage-guided fuzzer (FUZZ="-runs=200000"; a find is written to the folder)
 #   make aot      compile the Triton kernels for sm_80 and sm_90 without a GPU    make docs   the documentation, in site/
@@ -76,11 +76,11 @@ bench: install
 bench-engines: $(ENGINES)/.installed
 	PYTHONPATH=. $(ENGINES)/bin/python -m benchmarks.bench_engines
 
-gpu: $(if $(filter command,$(firstword $(origin PY))),,install)
-	$(PY) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "make gpu needs an NVIDIA GPU; none was found"; exit 1; }
-	$(PY) -m pytest -m gpu
-	$(PY) -m benchmarks.bench_lora_linear
-	$(PY) -m benchmarks.bench_merge
+# Without the network: the interpreter that has torch with CUDA already, where there is one.
+gpu:
+	@if $(PYTHON) -c 'import sys, torch, triton, pytest; sys.exit(not torch.cuda.is_available())' 2> /dev/null; \
+	then $(PYTHON) -m benchmarks.gpu $(PART); \
+	else $(MAKE) --no-print-directory install && $(PY) -m benchmarks.gpu $(PART); fi
 
 aot: install
 	$(PY) dev/aot.py

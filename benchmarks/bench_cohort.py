@@ -21,11 +21,12 @@ from benchmarks.workers import WorkerError, agree, take_turns, workers
 from flora.speed import rows_of
 
 LIMIT = "bare products"
-PEERS = {"PEFT loop": ways.peft_loop, "PEFT loop, bf16 base": ways.peft_loop_bf16, "PEFT, HF Trainer": ways.hf_trainer}
+PEERS = {"PEFT loop": ways.peft_loop, "PEFT loop, bf16 base": ways.peft_loop_bf16, "PEFT loop, all bf16": ways.peft_loop_all_bf16,
+         "PEFT, HF Trainer": ways.hf_trainer}
 OURS = {"flora, one by one": ways.flora_one_by_one, "flora, one batch": ways.flora_together,
         "flora, one batch, PEFT's passes": ways.flora_small_passes}
 VARIANTS = {**PEERS, **OURS, LIMIT: ways.products}
-EXTRA = ("PEFT loop, bf16 base", "flora, one batch, PEFT's passes")
+EXTRA = ("PEFT loop, bf16 base", "PEFT loop, all bf16", "flora, one batch, PEFT's passes")
 
 
 def variants_of(options: argparse.Namespace, case: Case) -> list[str]:
@@ -98,7 +99,7 @@ def main() -> None:
         except WorkerError as error:
             print(f"{case} is left out: {error}", flush=True)
             continue
-        publish(name, rows, keep=True)
+        publish(name, rows)
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def main() -> None:
             title = f"{CLIENTS} clients of rank {rank_for(megabytes)}, a stack of {megabytes:g} MB, a round"
             own = statistics.median(seconds[LOCAL])
             publish("engines", [row | told[row["variant"]] | {"megabytes": megabytes, "added_ms": row["ms"] - own * 1e3}
-                                for row in rows_of(title, seconds, LOCAL)], keep=True)
+                                for row in rows_of(title, seconds, LOCAL)])
 
 
 if __name__ == "__main__":

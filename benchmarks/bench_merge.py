@@ -7,6 +7,7 @@ a call over what was held before it. The same merges keep being added to the sam
 Then two tables on what merges leave: the error of 200 of them into bf16, and the memory of 10,000 clients that arrive in a stream.
 """
 import argparse
+import itertools
 import warnings
 from collections.abc import Callable
 
@@ -128,49 +129,46 @@ def shapes_of(model: str, blocks: int | None) -> list[tuple[int, int]]:
     return [(int(out), int(inn))]
 
 
-def timings(options: argparse.Namespace, device: str) -> list[dict]:
-    bandwidth, rows = copy_bandwidth(device), []
-    for model in options.models:
-        shapes = shapes_of(model, options.layers)
-        for name in options.dtypes:
-            dtype = getattr(torch, name)
-            case = Case(shapes, dtype, torch.float32, device)
-            half = Case(shapes, dtype, torch.bfloat16, device)
-            calls = {"flora": case.flora(), "flora, bf16 adapters": half.flora(),
-                     "addmm_ of an fp32 stack": case.addmm_stack(torch.float32)}
-            if dtype != torch.float32:
-                left = [torch.zeros_like(w, dtype=torch.bfloat16) for w in case.weights]
-                calls |= {"flora, stochastic": case.flora(rounding="stochastic", seed=1),
-                          "flora, residual": case.flora(residuals=left), f"addmm_ of a {name} stack": case.addmm_stack(dtype)}
-            calls |= {"cat, then addmm_": case.cat_and_addmm, "addmm_ one by one": case.addmm_each}
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                calls |= peft_calls(case)
-                for call in calls.values():
-                    call()
-                extra = {variant: extra_megabytes(call, device) for variant, call in calls.items()}
-                seconds = interleaved(calls, options.repeats, 1)
-            limit = 2 * sum(w.nbytes for w in case.weights) / bandwidth
-            title = f"{model}: {len(shapes)} weights, {name}, {len(RANKS)} clients, R = {sum(RANKS)}"
-            timed = rows_of(title, seconds, "addmm_ of an fp32 stack", limit)
-            rows += [row | {"extra_mb": extra[row["variant"]]} for row in timed]
-            for variant, megabytes in extra.items():
-                print(f"{title}: {variant}: {'?' if megabytes is None else f'{megabytes:.1f}'} MB extra", flush=True)
-    return rows
+def title(model: str, weights: int, dtype: str) -> str:
+    """The name of a case in the tables."""
+    return f"{model}: {weights} weights, {dtype}, {len(RANKS)} clients, R = {sum(RANKS)}"
 
 
-def drift(count: int = 200) -> list[dict]:
+def measure(model: str, name: str, device: str, layers: int | None, repeats: int) -> list[dict]:
+    """The rows of one model's weights in one dtype."""
+    shapes, dtype = shapes_of(model, layers), getattr(torch, name)
+    case, half = (Case(shapes, dtype, factor, device) for factor in (torch.float32, torch.bfloat16))
+    calls = {"flora": case.flora(), "flora, bf16 adapters": half.flora(),
+             "addmm_ of an fp32 stack": case.addmm_stack(torch.float32)}
+    if dtype != torch.float32:
+        left = [torch.zeros_like(w, dtype=torch.bfloat16) for w in case.weights]
+        calls |= {"flora, stochastic": case.flora(rounding="stochastic", seed=1),
+                  "flora, residual": case.flora(residuals=left), f"addmm_ of a {name} stack": case.addmm_stack(dtype)}
+    calls |= {"cat, then addmm_": case.cat_and_addmm, "addmm_ one by one": case.addmm_each}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        calls |= peft_calls(case)
+        for call in calls.values():
+            call()
+        extra = {variant: extra_megabytes(call, device) for variant, call in calls.items()}
+        seconds = interleaved(calls, repeats, 1)
+    limit = 2 * sum(w.nbytes for w in case.weights) / copy_bandwidth(device)
+    timed = rows_of(title(model, len(shapes), name), seconds, "addmm_ of an fp32 stack", limit)
+    return [row | {"extra_mb": extra[row["variant"]]} for row in timed]
+
+
+def drift(device: str, count: int = 200) -> list[dict]:
     """The error of many merges of |Δ| = 2e-4 |W| into bf16, relative to the sum of the updates, for each way of rounding."""
     rows = []
     for turning in (False, True):
         for rounding, kept in (("nearest", False), ("stochastic", False), ("nearest", True)):
             torch.manual_seed(0)
-            weight = torch.randn(576, 576).bfloat16()
-            exact, left = weight.double(), torch.zeros(576, 576, dtype=torch.bfloat16) if kept else None
+            weight = torch.randn(576, 576, device=device).bfloat16()
+            exact, left = weight.double(), torch.zeros_like(weight) if kept else None
             start, a = exact.clone(), None
             for i in range(count):
                 if a is None or turning:
-                    a = Adapter(torch.randn(16, 576), torch.randn(576, 16), 1.0)
+                    a = Adapter(torch.randn(16, 576, device=device), torch.randn(576, 16, device=device), 1.0)
                     a = a * float(2e-4 * start.norm() / a.delta().norm())
                 exact += a.delta()
                 ops.merge_(weight, a.A, a.B, a.scale, residual=left, rounding=rounding, seed=i)
@@ -206,14 +204,18 @@ def streamed(count: int = 10_000) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["SmolLM2-135M", "2048x5632"], help="names of shapes.MODELS, or OUTxIN")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of the weights")
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--models", nargs="+", default=["7B", "4096x4096", "28672x8192"] if gpu else ["SmolLM2-135M", "2048x5632"],
+                        help="names of shapes.MODELS, or OUTxIN")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"] if gpu else ["float32", "bfloat16"], help="of the weights")
     parser.add_argument("--layers", type=int, help="decoder layers (default: the model's)")
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
     require_green("tests/test_merge.py", "tests/test_merge_many.py", "tests/test_native_merge.py")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    publish("merge", timings(options, device), drift() + streamed())
+    device = "cuda" if gpu else "cpu"
+    for model, name in itertools.product(options.models, options.dtypes):
+        publish("merge", measure(model, name, device, options.layers, options.repeats))
+    publish("merge", drift(device) + ([] if gpu else streamed()))
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def main() -> None:
         case = Case(1, max(1, options.tokens // LENGTH), LENGTH, (options.rank,), BASES[name][0])
         for dropout in options.dropout:
             publish("peft" if options.allocator == "raised" else "peft_default_allocator",
-                    measure(case, name, dropout, options.repeats), keep=True)
+                    measure(case, name, dropout, options.repeats))
 
 
 if __name__ == "__main__":

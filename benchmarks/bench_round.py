@@ -82,7 +82,7 @@ def merge_densely(base: nn.Module, state: State) -> None:
             weight.data += (B.to(weight.device) @ A.to(weight.device)).to(weight.dtype)
 
 
-def peft_round(case: Case) -> Callable[[int, bool], Round]:
+def peft_round(case: Case, upcast: bool = True) -> Callable[[int, bool], Round]:
     import peft  # noqa: F401  where it is missing, the benchmark says so and leaves this out
     base = case.base()
     parties = Parties(case, base)
@@ -96,22 +96,31 @@ def peft_round(case: Case) -> Callable[[int, bool], Round]:
         timed.ends("aggregate")
         merge_densely(base, stack)
         timed.ends("merge")
-        states = list(peft_trained(base, clients, case.config(steps), ticks))
+        states = list(peft_trained(base, clients, case.config(steps), ticks, upcast))
         timed.ends("train")
         timed.losses = ticks.mean_losses()
         return timed
     return call
 
 
-VARIANTS = {"PEFT loop": peft_round, "flora": flora_round}
+def peft_round_all_bf16(case: Case) -> Callable[[int, bool], Round]:
+    return peft_round(case, upcast=False)
+
+
+VARIANTS = {"PEFT loop": peft_round, "PEFT loop, all bf16": peft_round_all_bf16, "flora": flora_round}
+
+
+def variants_of(case: Case) -> dict[str, Callable]:
+    """Adapters of a 16-bit base are fp32 by PEFT's default, and bf16 where one says so."""
+    return {name: way for name, way in VARIANTS.items() if case.dtype == "bfloat16" or way is not peft_round_all_bf16}
 
 
 def measure(case: Case, steps: int, repeats: int, allocator: str) -> list[dict]:
     """The rows of a case, in times of a whole round and of its phases. Raises WorkerError where a variant fails on the way."""
     def raised(name: str) -> bool:
-        return allocator == "raised" or (allocator == "as-run" and VARIANTS[name] is not peft_round)
+        return allocator == "raised" or (allocator == "as-run" and VARIANTS[name] is flora_round)
 
-    with workers(VARIANTS, case, raised) as found:
+    with workers(variants_of(case), case, raised) as found:
         agree({name: worker(1, True).losses for name, worker in found.items()}, case)
         for worker in found.values():
             worker.reset_peak()
@@ -146,7 +155,7 @@ def main() -> None:
     ranks = tuple(RANKS) if options.rank == "mixed" else (int(options.rank),)
     blank = Case(1, 1, options.length, ranks, options.dtype, options.model, options.tokens_per_pass)
     tokens = sum(options.sequences) * sum(options.clients) * options.length
-    tokens *= len(VARIANTS) * len(options.allocator) * (1 + options.steps * options.repeats)
+    tokens *= len(variants_of(blank)) * len(options.allocator) * (1 + options.steps * options.repeats)
     if device() == "cpu":
         print(f"{tokens} tokens: about {tokens / RATE / 60:.0f} minutes at {RATE} tokens/s", flush=True)
     for allocator in options.allocator:
@@ -154,7 +163,7 @@ def main() -> None:
             for count in options.clients:
                 case = replace(blank, clients=count, sequences=sequences)
                 try:
-                    publish("round", measure(case, options.steps, options.repeats, allocator), keep=True)
+                    publish("round", measure(case, options.steps, options.repeats, allocator))
                 except WorkerError as error:
                     print(f"{case} is left out: {error}", flush=True)
 

@@ -120,7 +120,7 @@ def main() -> None:
     options = parser.parse_args()
     require_green("tests/test_sketch.py", "tests/test_ring.py", "tests/test_masking.py", "tests/test_secure.py")
     rows = [row for width in options.widths for row in measure(options.blocks, width, options.repeats)]
-    publish("secure", rows, accuracy([160, 120, 80, 40]) if options.accuracy else None, keep=True)
+    publish("secure", rows + (accuracy([160, 120, 80, 40]) if options.accuracy else []))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import flora
+from benchmarks.shapes import RANDOM
 from flora.adapter import fresh_adapters
 from flora.data import load_model
 from flora.nn import target_shapes
@@ -26,6 +27,14 @@ ROWS = {"cpu": 2048, "cuda": 16384}                                     # tokens
 
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def random_model(name: str, dtype: str) -> nn.Module:
+    """A Llama of one of shapes.RANDOM, with the same random weights every time."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    with torch.device(device()):
+        return LlamaForCausalLM(LlamaConfig(**RANDOM[name])).to(getattr(torch, dtype))
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,8 @@ class Case:
 
     def base(self, dtype: str | None = None) -> nn.Module:
         """The model, read once: its file is mapped, and would else come into memory during the first call."""
-        model = load_model(self.model, dtype or self.dtype).to(device())
+        made = random_model if self.model in RANDOM else load_model
+        model = made(self.model, dtype or self.dtype).to(device())
         for tensor in model.parameters():
             tensor.detach().sum()
         return model
@@ -160,11 +170,11 @@ def flora_one_by_one(case: Case) -> Call:
     return call
 
 
-def with_peft(base: nn.Module, client: flora.LocalClient) -> nn.Module:
-    """The base with this client's adapter as PEFT makes it; its start, if it has one."""
+def with_peft(base: nn.Module, client: flora.LocalClient, upcast: bool = True) -> nn.Module:
+    """The base with this client's adapter as PEFT makes it; its start, if it has one. upcast: 16-bit adapters to fp32."""
     import peft
     model = peft.get_peft_model(base, peft.LoraConfig(r=client.rank, lora_alpha=client.alpha, target_modules="all-linear",
-                                                      task_type="CAUSAL_LM"))
+                                                      task_type="CAUSAL_LM"), autocast_adapter_dtype=upcast)
     for name, adapter in (client.start or {}).items():
         layer = base.get_submodule(name)
         layer.lora_A["default"].weight.data.copy_(adapter.A)
@@ -181,10 +191,10 @@ def taken_off(model: nn.Module) -> dict[str, Tensor]:
 
 
 def peft_trained(base: nn.Module, clients: list[flora.LocalClient], config: flora.TrainConfig,
-                 ticks: Ticks) -> Iterator[dict[str, Tensor]]:
+                 ticks: Ticks, upcast: bool = True) -> Iterator[dict[str, Tensor]]:
     """A plain loop, client after client: transformers' own loss, AdamW, clipping. Gives each client's state dict."""
     for client in clients:
-        model = with_peft(base, client)
+        model = with_peft(base, client, upcast)
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
         batch = {name: torch.tensor([row[name] for row in client.rows], device=device()) for name in ("input_ids", "labels")}
@@ -199,7 +209,7 @@ def peft_trained(base: nn.Module, clients: list[flora.LocalClient], config: flor
         yield taken_off(model)
 
 
-def peft_loop(case: Case, dtype: str | None = None) -> Call:
+def peft_loop(case: Case, dtype: str | None = None, upcast: bool = True) -> Call:
     """The loop in PEFT's default dtype: fp32 adapters, whatever the base's."""
     import peft  # noqa: F401  where it is missing, the benchmark says so and leaves this out
     base = case.base(dtype)
@@ -207,7 +217,7 @@ def peft_loop(case: Case, dtype: str | None = None) -> Call:
 
     def call(count: int, steps: int, fixed: bool) -> Ticks:
         ticks = Ticks()
-        list(peft_trained(base, parties(count, fixed), case.config(steps), ticks))
+        list(peft_trained(base, parties(count, fixed), case.config(steps), ticks, upcast))
         return ticks
     return call
 
@@ -215,6 +225,11 @@ def peft_loop(case: Case, dtype: str | None = None) -> Call:
 def peft_loop_bf16(case: Case) -> Call:
     """The same on a bf16 base."""
     return peft_loop(case, "bfloat16")
+
+
+def peft_loop_all_bf16(case: Case) -> Call:
+    """The same on a bf16 base, with bf16 adapters: what PEFT is fastest with."""
+    return peft_loop(case, "bfloat16", upcast=False)
 
 
 def hf_trainer(case: Case) -> Call:

@@ -1,14 +1,15 @@
 """What benchmarks publish, JSON beside the table, and the memory that a call takes; flora/speed.py has the clock."""
 import contextlib
 import ctypes
+import datetime
 import json
-import platform
+import os
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from flora import kernels
+from flora.environment import environment
 from flora.speed import device_name, show
 
 RESULTS = Path(__file__).parent / "results"
@@ -41,20 +42,33 @@ def memory(device: str = "cpu", peak: bool = False) -> float | None:
     return None
 
 
-def publish(name: str, rows: list[dict], others: list[dict] | None = None, keep: bool = False) -> None:
-    """Prints a table a case and writes benchmarks/results/<device>/<name>.json with the versions that it depends on, and `others`,
-    rows that are not times. keep: cases that the file has and that were not measured now stay, if the versions are the same."""
+def folder() -> Path:
+    """Where results of this machine go: benchmarks/results/<device>, of a card in a folder of the day; or $FLORA_RESULTS."""
+    if told := os.environ.get("FLORA_RESULTS"):
+        return Path(told)
+    own = RESULTS / device_name()
+    return own / datetime.date.today().isoformat() if torch.cuda.is_available() else own
+
+
+def publish(name: str, rows: list[dict]) -> None:
+    """Prints a table a case and writes all rows to <name>.json in folder(), with what they depend on; no table without "ms".
+
+    Cases that the file has and that were not measured now stay, with their commit, if all else that they depend on is the same: so
+    a benchmark publishes case by case, and what it has when it is stopped is kept.
+    """
     console = Console(width=132, highlight=False)
     console.print(f"{name} on {device_name()}; ms: median (quartiles); x peer: times that of the variant "
                   "marked *; x limit: times the limit")
-    for case in dict.fromkeys(row["case"] for row in rows):
-        show(console, case, [row for row in rows if row["case"] == case])
-    folder = RESULTS / device_name()
-    folder.mkdir(parents=True, exist_ok=True)
-    about = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads(),
-             "kernels": [choice._asdict() for choice in kernels.table()]}
-    rows = rows + (others or [])
-    path = folder / f"{name}.json"
-    if keep and path.exists() and (old := json.loads(path.read_text()))["about"] == about:
+    timed = [row for row in rows if row.get("ms") is not None]
+    for case in dict.fromkeys(row["case"] for row in timed):
+        show(console, case, [row for row in timed if row["case"] == case])
+    path, about = folder() / f"{name}.json", environment()
+    rows = [row | {"commit": about["commit"]} for row in rows]
+    if path.exists() and _same((old := json.loads(path.read_text()))["about"], about):
         rows = [row for row in old["rows"] if row["case"] not in {new["case"] for new in rows}] + rows
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+
+
+def _same(one: dict, other: dict) -> bool:
+    return {**one, "commit": None} == {**other, "commit": None}

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 import flora
+from benchmarks.ideas import ideas, unsloth
+from benchmarks.shapes import READS
 from flora import ops
 from flora.layer import LoRALinear
 
 Shapes = list[tuple[str, int, int]]
-READS = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 3}
 
 
 class DecoderLinears(nn.Module):
@@ -29,7 +30,7 @@ class DecoderLinears(nn.Module):
 
 
 class AddmmLinear(nn.Module):
-    """The floor: y = x Wᵀ, then addmm of the two skinny products for each of its parts; autograd derives the backward pass."""
+    """The floor: y = x Wᵀ, then addmm_ of the two skinny products for each of its parts; autograd derives the backward pass."""
 
     def __init__(self, base: nn.Linear, ranks: list[int], rows: list[int] | None, dtype: torch.dtype):
         super().__init__()
@@ -41,9 +42,12 @@ class AddmmLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
         if self.rows is None:
-            return torch.addmm(y, x @ self.As[0].T, self.Bs[0].T, alpha=self.scale)
-        pairs = zip(y.split(self.rows), x.split(self.rows), self.As, self.Bs, strict=True)
-        return torch.cat([torch.addmm(part, some @ A.T, B.T, alpha=self.scale) for part, some, A, B in pairs])
+            return y.addmm_(x @ self.As[0].T, self.Bs[0].T, alpha=self.scale)
+        first = 0
+        for count, A, B in zip(self.rows, self.As, self.Bs, strict=True):
+            y[first:first + count].addmm_(x[first:first + count] @ A.T, B.T, alpha=self.scale)
+            first += count
+        return y
 
 
 class CompiledLinear(nn.Module):
@@ -98,7 +102,7 @@ def with_flora(model: DecoderLinears, ranks: list[int], rows: list[int] | None, 
 
 
 def variants(kind: str, shapes: Shapes, ranks: list[int], num_rows: int, dtype: torch.dtype, device: str,
-             compiled: bool) -> dict[str, DecoderLinears]:
+             compiled: bool) -> dict[str, nn.Module]:
     """Every variant of a kind of call: "one adapter", "stack" (all ranks on all rows) or "clients" (each its own rows)."""
     def new() -> DecoderLinears:
         return DecoderLinears(shapes, dtype, device)
@@ -107,13 +111,17 @@ def variants(kind: str, shapes: Shapes, ranks: list[int], num_rows: int, dtype: 
         rows = [num_rows * (k + 1) // len(ranks) - num_rows * k // len(ranks) for k in range(len(ranks))]
         return {"flora": with_flora(new(), ranks, rows, dtype),
                 "flora, one adapter of rank 16": with_flora(new(), [16], None, dtype),
-                "addmm form, client by client": replaced(new(), lambda base: AddmmLinear(base, ranks, rows, dtype)),
+                "addmm_ form, client by client": replaced(new(), lambda base: AddmmLinear(base, ranks, rows, dtype)),
                 "bare products": new()}
     total = [sum(ranks)]
     found = {"flora": with_flora(new(), ranks, None, dtype), "peft": with_peft(new(), ranks, dtype)}
     if dtype != torch.float32:
         found["peft, fp32 adapters (its default)"] = with_peft(new(), ranks, torch.float32)
-    found["addmm form"] = replaced(new(), lambda base: AddmmLinear(base, total, None, dtype))
     if compiled:
-        found["torch.compile"] = replaced(new(), lambda base: torch.compile(CompiledLinear(base, total[0], dtype)))
+        found["peft, torch.compile"] = torch.compile(with_peft(new(), ranks, dtype))
+        found["the formula, torch.compile"] = replaced(new(), lambda base: torch.compile(CompiledLinear(base, total[0], dtype)))
+    found["addmm_ form"] = replaced(new(), lambda base: AddmmLinear(base, total, None, dtype))
+    found["Unsloth's calls, written plainly"] = unsloth(new(), total[0], dtype)
+    if device == "cuda":
+        found |= ideas(new, total[0], dtype)
     return {**found, "bare products": new()}

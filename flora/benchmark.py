@@ -123,14 +123,14 @@ def _check(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
 def stored(name: str | None = None) -> list[dict[str, Any]]:
     """The rows that benchmarks left in a source tree, with their "device" and the "name" of the file. name: of one file, such as
     "cohort" (None: all). Raises ConfigError where there is no source tree, or no such name."""
-    files = sorted(path for path in RESULTS.glob("*/*.json") if "rows" in json.loads(path.read_text()))
+    files = sorted(path for path in RESULTS.glob("*/**/*.json") if "rows" in json.loads(path.read_text()))
     if not files:
         raise ConfigError(f"expected the results of benchmarks in {RESULTS}; got none: this flora was installed without its "
                           "source. Run it from a clone, or measure here: flora bench.")
     names = sorted({path.stem for path in files})
     if name is not None and name not in names:
         raise ConfigError(f"expected one of {', '.join(names)}; got {name!r}{nearest(name, names)}")
-    return [{"device": path.parent.name, "name": path.stem, **row} for path in files if name in (None, path.stem)
+    return [{"device": path.parent.relative_to(RESULTS).as_posix(), "name": path.stem, **row} for path in files if name in (None, path.stem)
             for row in json.loads(path.read_text())["rows"] if row.get("ms") is not None]
 
 

@@ -35,7 +35,7 @@ def rows_of(case: str, seconds: Mapping[str, list[float]], against: str, limit: 
     base = statistics.median(seconds[against])
     out = []
     for name, values in seconds.items():
-        low, middle, high = statistics.quantiles(values if len(values) > 1 else values * 2, n=4)
+        low, middle, high = statistics.quantiles(values if len(values) > 1 else values * 2, n=4, method="inclusive")
         out.append({"case": case, "variant": name, "ms": middle * 1e3, "ms_low": low * 1e3, "ms_high": high * 1e3,
                     "against": against, "times_against": middle / base, "times_limit": middle / limit if limit else None})
     return out

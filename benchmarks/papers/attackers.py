@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks.measure import RESULTS
 from benchmarks.papers.classifier import LABELS, TARGETS, Classifier, Labels, base, scores, tweets
-from benchmarks.papers.run import RESULTS
 from flora.adapter import Adapter, norm
 from flora.client import LocalClient, TrainConfig
 from flora.cohort import Cohort

@@ -7,7 +7,8 @@ import json
 
 from rich.console import Console
 
-from benchmarks.papers.run import HERE, RESULTS
+from benchmarks.measure import RESULTS
+from benchmarks.papers.run import HERE
 from flora.config import load, parse
 from flora.engines.plan import plan
 from flora.tables import Page

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from benchmarks.measure import RESULTS
 from benchmarks.papers.classifier import BLOCKS, LABELS, TARGETS, Classifier, Labels, base, scores, tweets
-from benchmarks.papers.run import RESULTS
 from flora import skew as labels
 from flora.client import LocalClient, TrainConfig
 from flora.cohort import Cohort

@@ -1,7 +1,7 @@
 """Re-runs the experiments of a paper on a model and data that can be had: python -m benchmarks.papers.run --scale cpu [NAME ...]
 
 Each experiment is a file in benchmarks/papers/flora: what is compared, and the config, with what differs by scale. The runs are
-`flora compare`'s (finished ones are kept, unfinished ones go on); what came out is written to benchmarks/results/<device>/papers.
+`flora compare`'s (finished ones are kept, unfinished ones go on); what came out goes to papers/ in the folder of results.
 """
 import argparse
 import json
@@ -12,12 +12,11 @@ from typing import Any
 import yaml
 
 import flora
+from benchmarks.measure import folder
 from flora.config import parse
-from flora.engines.prepare import environment
-from flora.speed import device_name
+from flora.environment import environment
 
 HERE = Path(__file__).parent
-RESULTS = HERE.parent / "results"
 
 
 def experiments(paper: str) -> list[str]:
@@ -56,7 +55,7 @@ def main() -> None:
         flora.compare(parse({**settings, "output_dir": str(where)}, name), strategies, seeds, what.get("learning_rates", ()))
         if strategies != what["strategies"] or seeds != what["seeds"]:
             continue                                            # a part: nothing is published from it
-        out = RESULTS / device_name() / "papers"
+        out = folder() / "papers"
         out.mkdir(parents=True, exist_ok=True)
         found = json.loads((where / "compare.json").read_text(), object_hook=_without_folders)
         record = {"experiment": name, "paper": arguments.paper, "scale": arguments.scale, "title": own["title"],

@@ -7,9 +7,10 @@ import json
 import shutil
 from typing import Any
 
+from benchmarks.measure import RESULTS
 from benchmarks.papers import hierarchy, toy
 from benchmarks.papers.communication import PUBLISHED, pages
-from benchmarks.papers.run import HERE, RESULTS
+from benchmarks.papers.run import HERE
 from flora import tables
 from flora.spread import LOSS
 
@@ -97,7 +98,7 @@ def below(page: tables.Page) -> str:
 
 def main() -> None:
     parts = [HEAD]
-    for path in sorted(RESULTS.glob("*/papers/*-*.json")):
+    for path in sorted(RESULTS.glob("**/papers/*-*.json")):
         record = json.loads(path.read_text())
         times = {number for entry in record["compare"]["entries"] for number in entry["by_round"][LOSS]}
         image = f"results-{record['experiment']}-{record['scale']}.svg" if len(times) > 2 else ""     # else there is no line to see

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from benchmarks.papers.run import RESULTS
+from benchmarks.measure import RESULTS
 from flora.adapter import Adapters
 from flora.client import LocalClient, TrainConfig
 from flora.cohort import Cohort

@@ -24,10 +24,11 @@ from flora.engines import guards
 from flora.engines.hierarchy import Hierarchy, clock_row, hierarchy_of
 from flora.engines.measure import NOTHING, after, before, client_row, over_group, server_row, unmeasured_row, views_at_home
 from flora.engines.plan import bytes_of_a_round
-from flora.engines.prepare import Job, environment, new_server, prepare, rehearse, sent_up
+from flora.engines.prepare import Job, new_server, prepare, rehearse, sent_up
 from flora.engines.processes import follow, put_back, several
 from flora.engines.telling import closing, opening
 from flora.engines.traffic import Traffic, total
+from flora.environment import environment
 from flora.errors import ConfigError
 from flora.group import Group, GroupCohort, leaves
 from flora.messages import Broadcast, Update

@@ -1,18 +1,13 @@
 """From a config to what a run needs: the model, and every client's rows as token ids, with their held-out splits."""
-import contextlib
 import logging
-import platform
 import secrets
-import subprocess
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flora import kernels
 from flora.client import LocalClient, TrainConfig
 from flora.config import RunConfig
 from flora.data import Partition, Splits, epoch_order, load_model, load_rows, load_tokenizer, partition, split, tokenize_rows
@@ -239,27 +234,3 @@ def sent_up(update: Update, home: str) -> Update:
     """What leaves a client: not the factors that stay at home, and no clock, so that equal runs send equal bytes."""
     metrics = {name: value for name, value in update.metrics.items() if name not in ("seconds", "tokens_per_second")}
     return replace(update, adapters=leave_home(update.adapters, home), metrics=metrics)
-
-
-def environment() -> dict[str, Any]:
-    """Versions, processor or card, threads, and which kernel runs each operator: what a result depends on. commit: of flora's
-    source tree ("-dirty" after it: with changes); None where it is no checkout."""
-    versions = {"python": platform.python_version()}
-    for package in ("flora", "torch", "triton", "transformers", "peft", "safetensors", "numpy"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"versions": versions, "commit": _commit(), "machine": platform.machine(), "threads": torch.get_num_threads(),
-            "gpu": card, "kernels": [choice._asdict() for choice in kernels.table()]}
-
-
-def _commit() -> str | None:
-    tree = Path(__file__).resolve().parents[2]
-    if not (tree / ".git").exists():
-        return None
-    command = ["git", "-C", str(tree), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
-    return None

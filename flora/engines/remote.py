@@ -24,7 +24,8 @@ from flora.config import RunConfig
 from flora.engines.measure import NOTHING, client_row, server_row
 from flora.engines.merge_log import MergeLog
 from flora.engines.plan import outline
-from flora.engines.prepare import check, environment, new_server, prepare
+from flora.engines.prepare import check, new_server, prepare
+from flora.environment import environment
 from flora.errors import ConfigError, RunError
 from flora.files import staged
 from flora.formats import save_peft

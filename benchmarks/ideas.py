@@ -1,0 +1,160 @@
+"""LoRA linears as one would write them around cuBLAS: a peer's order of calls, and ways that flora does not have, to be measured.
+
+The ideas have one skinny product for the linears of one x; they differ in how y = x Wᵀ + h Bᵀ and dx = dy W + dh A come about.
+What each is expected to give on a GPU stands in dev/LOG.md.
+
+    more K          one product of [x | h] and [W | B]: y is written once, x is copied once for all linears that read it; W lies in
+                    a wider buffer. Taken where x is smaller than what an expand reads and writes (backward: dy than dx)
+    rows in chunks  product and expand, a few rows at a time, so that the expand finds y in the L2 cache
+    side stream     the skinny product beside the base product, then the expand
+"""
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.shapes import READS
+
+CACHED = 16 << 20                                                       # bytes of y that should still be in the L2 cache
+
+
+class Linears:
+    """The linears of one input: their weights, how they are computed, and a buffer for each weight and its ranks."""
+
+    def __init__(self, weights: list[Tensor], rank: int, how: str):
+        self.how, self.rank, self.wide = how, rank, rank * len(weights)
+        self.side = torch.cuda.Stream() if how == "side stream" and weights[0].is_cuda else None
+        (self.N, self.K), outs = weights[0].shape, sum(len(w) for w in weights)
+        self.forward_wide = how == "more K" and outs > self.K
+        self.backward_wide = how == "more K" and len(weights) == 1 and self.N < self.K
+        self.buffers = [self._buffer(w) for w in weights]
+        self.weights = [b[:len(w), :w.shape[1]] for b, w in zip(self.buffers, weights, strict=True)]
+
+    def _buffer(self, w: Tensor) -> Tensor:
+        """[W | 0; 0 | 0] with room for B beside W and for A below; W itself where no product is to be wider."""
+        if not (self.forward_wide or self.backward_wide):
+            return w
+        buffer = w.new_zeros(len(w) + self.wide, self.K + self.wide)
+        buffer[:len(w), :self.K] = w
+        return buffer
+
+    def slot(self, i: int) -> slice:
+        return slice(self.K + i * self.rank, self.K + (i + 1) * self.rank)
+
+
+def expanded(x: Tensor, w: Tensor, h: Tensor, b: Tensor, how: str) -> Tensor:
+    """x wᵀ + h bᵀ as a product and an expand."""
+    y = x.new_empty(len(x), len(w))
+    step = max(256, CACHED // (y.element_size() * len(w))) if how == "rows in chunks" else len(x)
+    for first in range(0, len(x), step):
+        rows = slice(first, first + step)
+        torch.mm(x[rows], w.T, out=y[rows])
+        y[rows].addmm_(h[rows], b.T)
+    return y
+
+
+class Idea(torch.autograd.Function):
+    """All linears of one x."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: float, of: Linears, *factors: Tensor) -> tuple[Tensor, ...]:
+        As, Bs = factors[::2], factors[1::2]
+        A = torch.cat(As) * scale
+        if of.forward_wide:
+            wide = x.new_empty(len(x), of.K + of.wide)
+            wide[:, :of.K] = x
+            h = torch.mm(x, A.T, out=wide[:, of.K:])
+            ys = []
+            for i, (buffer, B) in enumerate(zip(of.buffers, Bs, strict=True)):
+                buffer[:len(B), of.slot(i)] = B
+                ys.append(wide @ buffer[:len(B)].T)
+        elif of.side is not None:
+            main = torch.cuda.current_stream()
+            of.side.wait_stream(main)
+            with torch.cuda.stream(of.side):
+                h = x @ A.T
+            ys = [x @ w.T for w in of.weights]
+            main.wait_stream(of.side)
+            h.record_stream(main)
+            for y, part, B in zip(ys, h.split(of.rank, 1), Bs, strict=True):
+                y.addmm_(part, B.T)
+        else:
+            h = x @ A.T
+            ys = [expanded(x, w, part, B, of.how) for w, part, B in zip(of.weights, h.split(of.rank, 1), Bs, strict=True)]
+        ctx.scale, ctx.of = scale, of
+        ctx.save_for_backward(x, h, *factors)
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, *factors = ctx.saved_tensors
+        of, As, Bs = ctx.of, factors[::2], factors[1::2]
+        dB = [dy.T @ part for dy, part in zip(dys, h.split(of.rank, 1), strict=True)]
+        if of.backward_wide:
+            wide = dys[0].new_empty(len(x), of.N + of.wide)
+            wide[:, :of.N] = dys[0]
+            dh = torch.mm(dys[0], Bs[0] * ctx.scale, out=wide[:, of.N:])
+            of.buffers[0][of.N:, :of.K] = As[0]
+            dx = wide @ of.buffers[0][:, :of.K]
+        else:
+            dh = torch.cat([dy @ (B * ctx.scale) for dy, B in zip(dys, Bs, strict=True)], 1)
+            dx = dys[0] @ of.weights[0]
+            for dy, w in zip(dys[1:], of.weights[1:], strict=True):
+                dx.addmm_(dy, w)
+            dx.addmm_(dh, torch.cat(As))
+        dAs = (dh.T @ x).split(of.rank)
+        return dx, None, None, *(grad for pair in zip(dAs, dB, strict=True) for grad in pair)
+
+
+class Unsloth(torch.autograd.Function):
+    """All linears of one x, in the order of calls of Unsloth's LoRA_QKV and LoRA_MLP (unslothai/unsloth, kernels/fast_lora.py, read
+    there): addmm_ on top of each product; x Aᵀ once more in the backward pass; dx of all linears summed in place."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: float, weights: list[Tensor], *factors: Tensor) -> tuple[Tensor, ...]:
+        ctx.scale, ctx.weights = scale, weights
+        ctx.save_for_backward(x, *factors)
+        return tuple((x @ w.T).addmm_(x @ A.T, B.T, alpha=scale)
+                     for w, A, B in zip(weights, factors[::2], factors[1::2], strict=True))
+
+    @staticmethod
+    def backward(ctx, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        x, *factors = ctx.saved_tensors
+        dx, grads = None, []
+        for dy, w, A, B in zip(dys, ctx.weights, factors[::2], factors[1::2], strict=True):
+            dh = dy @ B
+            grads += [torch.empty_like(A).addmm_(dh.T, x, beta=0, alpha=ctx.scale),
+                      torch.empty_like(B).addmm_(dy.T, x @ A.T, beta=0, alpha=ctx.scale)]
+            dx = dy @ w if dx is None else dx.addmm_(dy, w)
+            dx.addmm_(dh, A, alpha=ctx.scale)
+        return dx, None, None, *grads
+
+
+class Grouped(nn.Module):
+    """A decoder layer's linears by one of these functions, those of one input in one call. prepare: makes its third argument."""
+
+    def __init__(self, base: nn.Module, rank: int, dtype: torch.dtype, function: type[torch.autograd.Function],
+                 prepare: Callable[[list[Tensor]], object]):
+        super().__init__()
+        named, self.function = list(base.named_children()), function
+        of = {read: [k for k, (name, _) in enumerate(named) if READS[name] == read] for read in sorted(set(READS.values()))}
+        self.groups = [(read, prepare([named[k][1].weight.detach() for k in own]), own) for read, own in of.items()]
+        new = {"dtype": dtype, "device": named[0][1].weight.device}
+        self.As = nn.ParameterList(torch.randn(rank, layer.in_features, **new) * 0.02 for _, layer in named)
+        self.Bs = nn.ParameterList(torch.randn(layer.out_features, rank, **new) * 0.02 for _, layer in named)
+
+    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
+        return [y for read, prepared, own in self.groups for y in
+                self.function.apply(inputs[read], 2.0, prepared, *(t for k in own for t in (self.As[k], self.Bs[k])))]
+
+
+def unsloth(base: nn.Module, rank: int, dtype: torch.dtype) -> nn.Module:
+    return Grouped(base, rank, dtype, Unsloth, list)
+
+
+def ideas(new: Callable[[], nn.Module], rank: int, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """Every idea by its name in the tables, on layers of its own."""
+    def one(how: str) -> nn.Module:
+        return Grouped(new(), rank, dtype, Idea, lambda weights: Linears(weights, rank, how))
+
+    return {f"idea: {how}": one(how) for how in ("more K", "rows in chunks", "side stream")}
