@@ -19,6 +19,9 @@ from flora.speed import COLUMNS
 Row = dict[str, Any]
 
 
+TARGET_HEAD = ("| target | | measured | |", "| --- | ---: | ---: | --- |")
+
+
 class Target(NamedTuple):
     """What is to be reached: at most or at least a number, measured by a function of a file's rows (None: not measured)."""
     what: str
@@ -134,8 +137,7 @@ def targets_and_parts(out: Path) -> str:
     known = json.loads((out / "parts.json").read_text())
     lines = ["| part | | how it ended | s |", "| --- | --- | --- | ---: |"]
     lines += [f"| {name} | {part['about']} | {part['outcome']} | {part['seconds']:.0f} |" for name, part in known["parts"].items()]
-    lines += ["", "| target | | measured | |", "| --- | ---: | ---: | --- |"]
-    return "\n".join(lines + [target.line(rows_in(out, target.file)) for target in TARGETS])
+    return "\n".join([*lines, "", *TARGET_HEAD, *(target.line(rows_in(out, target.file)) for target in TARGETS)])
 
 
 def markdown(out: Path) -> str:

@@ -24,6 +24,7 @@ def environment() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
+    versions["torch"] = torch.__version__                               # with its build: +cpu, +cu130
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     driver = _said(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]) if card else None
     return {"versions": versions, "commit": _commit(), "machine": platform.machine(), "threads": torch.get_num_threads(),

@@ -231,7 +231,8 @@ def _routing(x: Tensor, As: Sequence[Tensor], shapes: Sequence[tuple[int, int]],
     segments = segments_of(row_offsets, rank_offsets, x.shape[0], [A.shape[0] for A in As])
     if frozen is not None and (len(frozen) != len(As) or any(one is None for one in frozen)):
         check("frozen", False, f"{len(As)} entries, one a layer and none of them None", [type(one).__name__ for one in frozen])
-    pairs = [frozen_operand(one, shape, x.device, segments) for one, shape in zip(frozen or (), shapes, strict=bool(frozen))]
+    given = frozen or ()
+    pairs = [frozen_operand(one, shape, x.device, segments) for one, shape in zip(given, shapes, strict=len(given) > 0)]
     ranges = pairs[0][1] if pairs else None
     for _, other in pairs[1:]:
         same = other is ranges or (other is not None and ranges is not None and torch.equal(other, ranges))
