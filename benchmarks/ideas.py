@@ -3,10 +3,11 @@
 The ideas have one skinny product for the linears of one x; they differ in how y = x Wᵀ + h Bᵀ and dx = dy W + dh A come about.
 What each is expected to give on a GPU stands in dev/LOG.md.
 
-    more K          one product of [x | h] and [W | B]: y is written once, x is copied once for all linears that read it; W lies in
-                    a wider buffer. Taken where x is smaller than what an expand reads and writes (backward: dy than dx)
-    rows in chunks  product and expand, a few rows at a time, so that the expand finds y in the L2 cache
-    side stream     the skinny product beside the base product, then the expand
+    more K              one product of [x | h] and [W | B]: y is written once, x is copied once for all linears that read it; W lies
+                        in a wider buffer. Taken where x is smaller than what an expand writes (backward: dy than dx)
+    more K, one dy pass the same, with dh and dB from one pass over dy, by flora's kernel
+    rows in chunks      product and expand, a few rows at a time, so that the expand finds y in the L2 cache
+    side stream         the skinny product beside the base product, then the expand
 """
 from collections.abc import Callable
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.shapes import READS
 
+HOW = ("more K", "more K, one dy pass", "rows in chunks", "side stream")
 CACHED = 16 << 20                                                       # bytes of y that should still be in the L2 cache
 
 
@@ -25,8 +27,9 @@ class Linears:
         self.how, self.rank, self.wide = how, rank, rank * len(weights)
         self.side = torch.cuda.Stream() if how == "side stream" and weights[0].is_cuda else None
         (self.N, self.K), outs = weights[0].shape, sum(len(w) for w in weights)
-        self.forward_wide = how == "more K" and outs > self.K
-        self.backward_wide = how == "more K" and len(weights) == 1 and self.N < self.K
+        wider = how.startswith("more K")
+        self.forward_wide = wider and outs > self.K
+        self.backward_wide = wider and len(weights) == 1 and self.N < self.K
         self.buffers = [self._buffer(w) for w in weights]
         self.weights = [b[:len(w), :w.shape[1]] for b, w in zip(self.buffers, weights, strict=True)]
 
@@ -37,6 +40,16 @@ class Linears:
         buffer = w.new_zeros(len(w) + self.wide, self.K + self.wide)
         buffer[:len(w), :self.K] = w
         return buffer
+
+    def through(self, dy: Tensor, h: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """dh and dB of one linear."""
+        if self.how != "more K, one dy pass":
+            return dy @ (B * scale), dy.T @ h
+        from flora.kernels.triton.grads import dy_pass
+        from flora.kernels.triton.tiles import Ranks
+        dh, dB = dy.new_empty(len(dy), self.rank), torch.empty_like(B)
+        dy_pass(dy, B, torch.full((self.rank,), scale, device=dy.device), h, dh, dB, Ranks(None, None, 0, self.rank), self.rank)
+        return dh, dB
 
     def slot(self, i: int) -> slice:
         return slice(self.K + i * self.rank, self.K + (i + 1) * self.rank)
@@ -89,15 +102,12 @@ class Idea(torch.autograd.Function):
     def backward(ctx, *dys: Tensor) -> tuple[Tensor | None, ...]:
         x, h, *factors = ctx.saved_tensors
         of, As, Bs = ctx.of, factors[::2], factors[1::2]
-        dB = [dy.T @ part for dy, part in zip(dys, h.split(of.rank, 1), strict=True)]
+        found = [of.through(dy, part, B, ctx.scale) for dy, part, B in zip(dys, h.split(of.rank, 1), Bs, strict=True)]
+        dh, dB = torch.cat([one[0] for one in found], 1), [one[1] for one in found]
         if of.backward_wide:
-            wide = dys[0].new_empty(len(x), of.N + of.wide)
-            wide[:, :of.N] = dys[0]
-            dh = torch.mm(dys[0], Bs[0] * ctx.scale, out=wide[:, of.N:])
             of.buffers[0][of.N:, :of.K] = As[0]
-            dx = wide @ of.buffers[0][:, :of.K]
+            dx = torch.cat([dys[0], dh], 1) @ of.buffers[0][:, :of.K]
         else:
-            dh = torch.cat([dy @ (B * ctx.scale) for dy, B in zip(dys, Bs, strict=True)], 1)
             dx = dys[0] @ of.weights[0]
             for dy, w in zip(dys[1:], of.weights[1:], strict=True):
                 dx.addmm_(dy, w)
@@ -157,4 +167,4 @@ def ideas(new: Callable[[], nn.Module], rank: int, dtype: torch.dtype) -> dict[s
     def one(how: str) -> nn.Module:
         return Grouped(new(), rank, dtype, Idea, lambda weights: Linears(weights, rank, how))
 
-    return {f"idea: {how}": one(how) for how in ("more K", "rows in chunks", "side stream")}
+    return {f"idea: {how}": one(how) for how in HOW}
