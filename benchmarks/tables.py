@@ -56,6 +56,28 @@ def rates(results: Path) -> str:
     return pivot(rows, "tokens a second", variants, "tokens_per_second", ".0f", title)
 
 
+def ways(results: Path) -> str:
+    """Ten clients of one sequence by every way to train them: with the allocator's settings equal, and as a user runs each."""
+    lines = []
+    for file, how in (("cohort", "same allocator settings for all"), ("cohort_as_run", "as a user runs each")):
+        rows = [row for row in rows_of(file, results)
+                if (row["clients"], row["sequences"]) == (10, 1) and row["variant"] != "bare products"]
+        loop = next(row["ms"] for row in rows if row["variant"] == "PEFT loop")
+        lines += [[row["variant"], how, f"{row['tokens_per_second']:.0f}", f"{loop / row['ms']:.2f}",
+                   f"{1 / row['times_limit']:.2f}", f"{row['peak_mb']:,.0f}"] for row in rows]
+    return written(["ten clients of one sequence", "", "tokens/s", "against PEFT's loop", "share of the limit", "peak MB"], lines)
+
+
+def engines(results: Path) -> str:
+    """Seconds of a round of four clients by engine and size of the stack."""
+    rows = rows_of("engines", results)
+    sizes = sorted({row["megabytes"] for row in rows})
+    by_engine = {name: {row["megabytes"]: f"{row['ms'] / 1e3:.1f}" for row in rows if row["variant"] == name}
+                 for name in dict.fromkeys(row["variant"] for row in rows)}
+    return written(["stack, of all clients", *(f"{size:g} MB" for size in sizes)],
+                   [[name, *(found.get(size, "–") for size in sizes)] for name, found in by_engine.items()])
+
+
 def linears(results: Path) -> str:
     """ms of the seven linears, forward and backward."""
     variants = {"flora": "flora", "peft": "PEFT", "peft, fp32 adapters (its default)": "PEFT, fp32 adapters",
@@ -101,7 +123,8 @@ def gpu(results: Path) -> str:
     return "\n\n".join(parts)
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"rates": rates, "linears": linears, "merges": merges, "drift": drift, "gpu": gpu}
+TABLES: dict[str, Callable[[Path], str]] = {"rates": rates, "ways": ways, "engines": engines, "linears": linears, "merges": merges,
+                                            "drift": drift, "gpu": gpu}
 
 
 def page(text: str, results: Path = RESULTS) -> str:

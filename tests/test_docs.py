@@ -1,7 +1,6 @@
 """What README.md and docs/ show works: Python runs, run configs are valid, commands have verbs, options and files that exist."""
 import contextlib
 import importlib
-import json
 import re
 import shutil
 from pathlib import Path
@@ -71,22 +70,6 @@ def test_the_table_of_the_limit_is_what_its_code_gives(capsys):
     exec(next(block for block in blocks(page) if "PEAK" in block.code).compiled, {})
     rows = re.findall(r"^\| (\d+ × .*) \|$", page.read_text(encoding="utf-8"), re.M)
     assert [re.findall(r"\d+", row) for row in rows] == [line.split() for line in capsys.readouterr().out.splitlines()]
-
-
-def test_the_speeds_on_a_cpu_are_those_that_were_measured():
-    """The first table of performance.md, beside the files that it names."""
-    folder = ROOT / "benchmarks" / "results" / "cpu-2-threads"
-    found = {(row["clients"], row["sequences"], row["variant"]): round(row["tokens_per_second"])
-             for row in json.loads((folder / "cohort.json").read_text())["rows"]}
-    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\d+) clients?(?: of (\w+) sequences?)? \| (.*) \|$", text, re.M)
-    words, variants = {"": 1, "one": 1, "four": 4, "sixteen": 16}, ("PEFT loop", "flora, one by one", "flora, one batch")
-    assert len(rows) == 7
-    for clients, sequences, numbers in rows:
-        measured = [found.get((int(clients), words[sequences], variant)) for variant in variants]
-        assert [None if one == "not measured" else int(one) for one in numbers.split(" | ")] == measured
-    whole = {row["variant"]: round(row["tokens_per_second"]) for row in json.loads((folder / "round.json").read_text())["rows"]}
-    assert f"| {whole['PEFT loop']} | not measured | {whole['flora']} |" in text
 
 
 def test_the_tutorial_shows_the_demo_s_own_settings():
