@@ -14,7 +14,7 @@ from flora.versions import resume_at
 SHAPES = target_shapes(llama(), TARGETS)
 CONFIG = TrainConfig(learning_rate=1e-2, max_steps=3, per_device_train_batch_size=2, seed=5)
 LOST = {"input_ids": [4, 5, 6], "labels": [-100] * 3}
-HUGE = 1e30                                                     # a learning rate that makes the second step's loss NaN
+HUGE = 1e200                                                    # a learning rate that makes the second step's loss NaN
 
 
 def start_of(rank, seed=0, dtype=torch.float32, layers=SHAPES):

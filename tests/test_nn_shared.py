@@ -61,7 +61,7 @@ def test_dropout_masks_are_the_layers_own(calls):
     together = gradients(model, tokens())
     assert 3 in calls
     alone(model)
-    assert all(relative(a, b) < 1e-5 for a, b in zip(together, gradients(model, tokens()), strict=True))
+    assert all(relative(a, b) < 1e-4 for a, b in zip(together, gradients(model, tokens()), strict=True))
 
 
 class Crossed(nn.Module):
