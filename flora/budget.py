@@ -13,6 +13,7 @@ from torch import nn
 from flora.errors import ConfigError
 from flora.packing import device_of
 from flora.sharded import holds_shards
+from flora.targets import lora_layers
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +21,8 @@ log = logging.getLogger(__name__)
 # each are fastest in passes of 768 to 1,024, since the optimiser states of those in a pass exist. No GPU was measured.
 FASTEST = {"cpu": 1024, "cuda": 16_384}
 SHARE = 0.6                                                     # of the free memory, for what a pass keeps
-NO_MEMORY = "out of memory|can't allocate memory|not enough memory"          # torch.OutOfMemoryError; the CPU has none of its own
+# torch.OutOfMemoryError says the first, the CPU the next two; cuBLAS the last, where its handle or workspace found no room
+NO_MEMORY = "out of memory|can't allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED"
 BESIDE = 1.5                                                    # what lives beside what is kept: gradients, what is being computed
 
 _per_token: WeakKeyDictionary[nn.Module, dict[bool, float]] = WeakKeyDictionary()
@@ -85,19 +87,23 @@ class Budget:
         self.tokens, self._open = min(self.tokens, fits), False
 
     def halve(self, longest: int, error: Exception) -> None:
-        """After an error of memory: passes of half as many tokens, of one row (longest: tokens) at least. Raises the error where
-        that is what they hold already, where it is another error, or where other processes wait for the pass."""
-        if not re.search(NO_MEMORY, str(error)) or self.tokens <= longest or self._lockstep:
+        """After an error of memory: passes of half as many tokens, of one row (longest: tokens) at least. Raises OutOfMemoryError,
+        with what to do, where that is what they hold already or where other processes wait for the pass; any other error as it
+        is."""
+        if not re.search(NO_MEMORY, str(error)):
             raise error
+        if self.tokens <= longest or self._lockstep:
+            raise torch.OutOfMemoryError(
+                f"{error}\nA pass holds at most {self.tokens} tokens here, and a row has {longest}. Shorten the rows (max_length), "
+                "turn on gradient_checkpointing, lower ranks or depth, or let fewer clients train together.") from error
         self.tokens = max(longest, self.tokens // 2)
         log.warning("out of memory: passes hold at most %d tokens from now on, and the step is taken again", self.tokens)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 def _kept(model: nn.Module, forward: Callable[[], object]) -> int:
     """Bytes that a forward pass keeps for the backward, beside the model's own tensors."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    asleep = [t for layer in lora_layers(model).values() if (f := layer.frozen) is not None for t in (f.A, f.B, f.scale)]
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *asleep)}
     kept: dict[int, int] = {}
 
     def count(t: torch.Tensor) -> torch.Tensor:

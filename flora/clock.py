@@ -11,7 +11,7 @@ class Clock:
     waits before `read`."""
 
     def __init__(self, device: torch.device):
-        self._gpu = device.type == "cuda"
+        self._device, self._gpu = device, device.type == "cuda"
         self._seconds: dict[str, float] = {}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -19,9 +19,9 @@ class Clock:
     def __call__(self, phase: str) -> Iterator[None]:
         if self._gpu:
             began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            began.record()
+            began.record(torch.cuda.current_stream(self._device))
             yield
-            ended.record()
+            ended.record(torch.cuda.current_stream(self._device))
             self._events.append((phase, began, ended))
         else:
             start = time.perf_counter()
@@ -31,7 +31,7 @@ class Clock:
     def read(self) -> dict[str, float]:
         """Seconds of every phase so far."""
         if self._events:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
         for phase, began, ended in self._events:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + began.elapsed_time(ended) / 1e3
         self._events.clear()

@@ -103,9 +103,10 @@ class Cohort:
         """Brings the base to the broadcast's version, trains every client from its start, and returns their updates.
 
         frozen: ranks that each client sees and does not train: for all, or one (or None) a client. on_step(client, step, steps,
-        loss) is called after each step. Order of clients kept; a client whose loss is not finite, or that has no labelled token,
-        is left out and named in failures. No adapter stays attached; weights that trained (broadcast.train "weight", one client
-        after another) are put back. Raises RunError for a base of another version, ConfigError for what does not go together.
+        loss) is called after each step, on a GPU once the next one is under way. Order of clients kept; a client whose loss is not
+        finite, or that has no labelled token, is left out and named in failures. No adapter stays attached; weights that trained
+        (broadcast.train "weight", one client after another) are put back. Raises RunError for a base of another version,
+        ConfigError for what does not go together.
         """
         self._refuse(broadcast, frozen)
         views = [frozen] * len(self.clients) if frozen is None or isinstance(frozen, Mapping) else list(frozen)

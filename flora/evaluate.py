@@ -23,6 +23,7 @@ from flora.losses import sequence_sums, token_losses
 from flora.nn import applied
 from flora.packed import Packed, joined, together
 from flora.packing import device_of, line, packable, traits_of
+from flora.segments import sent_to
 
 Row = Mapping[str, Any]
 Route = Callable[[Sequence[int]], None]
@@ -196,7 +197,7 @@ def _passes(model: nn.Module, rows: Sequence[Row], batch_size: int, pad_id: int,
     with eval_mode(model), packable(model) if packs else contextlib.nullcontext():
         for start in range(0, len(order), batch_size):
             indices = sorted(order[start:start + batch_size])
-            batch = batch_of([rows[i] for i in indices], packs, pad_id).map(lambda t: t.to(device))
+            batch = batch_of([rows[i] for i in indices], packs, pad_id).map(lambda t: sent_to(device, t))
             if len(batch.labels):
                 route(indices, batch)
                 with line(model, batch.lengths) if packs else contextlib.nullcontext():
@@ -208,14 +209,17 @@ def _measure(model: nn.Module, rows: Sequence[Sequence[Row]], batch_size: int, p
     """Loss and accuracy of every client's rows; None for one without a labelled token."""
     whose, flat = _flat(rows)
     total, right, tokens = ([0.0] * len(rows) for _ in range(3))
+    order: list[int] = []
+    found = []
     for indices, batch, losses, hits in _passes(model, flat, batch_size, pad_id, _sender(whose, len(rows), route)):
-        found = torch.stack([sequence_sums(t.double(), batch) for t in (losses, hits)]).tolist()
-        for i, loss, good in zip(indices, *found, strict=True):
-            total[whose[i]] += loss
-            right[whose[i]] += good
-            tokens[whose[i]] += num_label_tokens([flat[i]])
+        found.append(torch.stack([sequence_sums(t.double(), batch) for t in (losses, hits)]))
+        order += indices
         if on_rows is not None:
             on_rows(len(indices))
+    for i, loss, good in zip(order, *_read(found, 2), strict=True):
+        total[whose[i]] += loss
+        right[whose[i]] += good
+        tokens[whose[i]] += num_label_tokens([flat[i]])
     return [_summary(loss, good, count) if count else None for loss, good, count in zip(total, right, tokens, strict=True)]
 
 
@@ -223,12 +227,21 @@ def _log_likelihoods(model: nn.Module, rows: Sequence[Sequence[Row]], batch_size
                      ) -> list[list[float]]:
     """log p of the labels of every client's rows."""
     whose, flat = _flat(rows)
-    found = [0.0] * len(flat)
+    order: list[int] = []
+    sums = []
     for indices, batch, losses, _ in _passes(model, flat, batch_size, pad_id, _sender(whose, len(rows), route)):
-        for i, loss in zip(indices, sequence_sums(losses, batch).tolist(), strict=True):
-            found[i] = -loss
+        sums.append(sequence_sums(losses, batch)[None])
+        order += indices
+    found = [0.0] * len(flat)
+    for i, loss in zip(order, *_read(sums, 1), strict=True):
+        found[i] = -loss
     each = iter(found)
     return [[next(each) for _ in mine] for mine in rows]
+
+
+def _read(found: Sequence[Tensor], lines: int) -> list[list[float]]:
+    """Numbers (lines, rows) of all passes, side by side: read once, so that a GPU never waits for the host."""
+    return torch.cat(list(found), 1).tolist() if found else [[]] * lines
 
 
 def _flat(rows: Sequence[Sequence[Row]]) -> tuple[list[int], list[Row]]:

@@ -5,7 +5,7 @@ and detach puts back the very same object. A base is an `nn.Linear`, GPT-2's `Co
 linear that only its own forward can multiply with (quantised, hooked, a forward of its own): then the LoRA path is added to that.
 """
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,6 +16,7 @@ from flora import ops
 from flora.adapter import Adapter, fresh
 from flora.errors import TargetError
 from flora.seeds import derive
+from flora.segments import sent_to
 from flora.sharded import is_sharded, own_part, own_span, whole
 
 if TYPE_CHECKING:
@@ -26,10 +27,22 @@ if TYPE_CHECKING:
 class Routing:
     """What the layers of one model must know of the batch: shared by all, set before a forward pass.
 
-    segments: which rows and ranks are whose (None: one client). row_keys: int64 (rows,) keys for dropout (None: drawn).
+    segments: which rows and ranks are whose (None: one client). row_keys: int64 (rows,) keys for dropout (None: drawn). names: of
+    layers that drop: their keys are made all at once, which takes a dozen launches on a GPU and not thirty a layer.
     """
     segments: ops.Segments | None = None
     row_keys: Tensor | None = None
+    names: list[str] = field(default_factory=list)
+    _made: tuple[Tensor, dict[str, Tensor]] | None = None
+
+    def keys_of(self, name: str) -> Tensor | None:
+        """A layer's own keys of the rows."""
+        if self.row_keys is None or name not in self.names:
+            return None if self.row_keys is None else ops.row_keys(self.row_keys, derive(name))
+        if self._made is None or self._made[0] is not self.row_keys:
+            seeds = sent_to(self.row_keys.device, torch.tensor([derive(name) for name in self.names]))
+            self._made = self.row_keys, dict(zip(self.names, ops.row_keys(self.row_keys, seeds[:, None]), strict=True))
+        return self._made[1][name]
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -225,8 +238,7 @@ class LoRALinear(nn.Module):
 
     def seed(self) -> Tensor | None:
         """This layer's dropout keys: layers of one batch draw different masks. None: drawn by the operator."""
-        keys = self.routing.row_keys
-        return ops.row_keys(keys, derive(self.name)) if keys is not None and self.dropout and self.training else None
+        return self.routing.keys_of(self.name) if self.dropout and self.training else None
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., out) of x (..., in): one operator, of the layers beside it that read x too where they are asked together."""

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy, linear, logsigmoid
 from flora.data.batches import Batch, num_label_tokens
 from flora.errors import DataError
 from flora.packing import is_plain, traits_of
+from flora.segments import sent_to
 
 Row = Mapping[str, Any]
 CHUNK = {"cpu": 1 << 24, "cuda": 1 << 27}                       # logits that exist at a time, in elements
@@ -66,8 +67,8 @@ class Classification:
         return 1
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        logits = model(**batch.inputs()).logits
-        labels = torch.tensor([row["label"] for row in batch.rows], device=logits.device)
+        logits = model(**batch.inputs(), **({"use_cache": False} if _takes(model, "use_cache") else {})).logits
+        labels = sent_to(logits.device, torch.tensor([row["label"] for row in batch.rows]))
         if logits.dim() != 2 or logits.shape[0] != len(labels):
             raise DataError(f"expected logits ({len(labels)}, classes), one row a sequence; got {tuple(logits.shape)}. Use a model "
                             "for sequence classification.")
@@ -95,7 +96,7 @@ class Preference:
         log_p = -sequence_sums(token_losses(model, batch)[0], batch).view(-1, 2)
         if any("reference" not in row for row in batch.rows):
             raise DataError("expected rows with a \"reference\"; got rows without. Make them by flora.evaluate.with_reference.")
-        reference = torch.tensor([row["reference"] for row in batch.rows], device=log_p.device, dtype=log_p.dtype)
+        reference = sent_to(log_p.device, torch.tensor([row["reference"] for row in batch.rows], dtype=log_p.dtype))
         gain = log_p - reference
         return -logsigmoid(self.beta * (gain[:, 0] - gain[:, 1]))
 
@@ -110,7 +111,7 @@ def sums(losses: Tensor, batch: Batch) -> Tensor:
     each = sequence_sums(losses, batch)
     if all(count == 1 for count in batch.counts):
         return each
-    owner = torch.repeat_interleave(torch.arange(len(batch.counts)), torch.tensor(batch.counts)).to(each.device)
+    owner = sent_to(each.device, torch.repeat_interleave(torch.tensor(batch.counts)))
     return each.new_zeros(len(batch.counts)).index_add(0, owner, each)
 
 

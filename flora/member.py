@@ -23,7 +23,8 @@ class Member:
     ranks that it sees and does not train; steps: batches of rows of each optimiser step, without end; key: of its dropout;
     depth: the first layer that it trains, counted in the model's order; tokens_a_step: about; layers: those that it trains; kept:
     the optimiser's state of the round before, by name (None: it starts anew); place: what sets its
-    noise apart from any other."""
+    noise apart from any other; drawn: steps whose rows have been asked for; taken: steps of its optimiser, of which the first
+    len(losses) are known to have been good."""
     client: LocalClient
     begin: Callable[[], dict[str, Adapter]]
     numbers: int
@@ -39,6 +40,7 @@ class Member:
     place: str = ""
     losses: list[float] = field(default_factory=list)
     drawn: int = 0
+    taken: int = 0
     tokens: int = 0
     failed: str = ""
 
@@ -94,25 +96,27 @@ class Member:
                 p.grad.add_(p.detach() - start, alpha=mu)
 
     def norm(self) -> Tensor:
-        """The norm of its gradient, on the device."""
-        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        """The norm of its gradient, fp64, on the device."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if not gradients:
+            return torch.zeros((), dtype=torch.float64, device=self.parameters[0].device)
+        return torch.nn.utils.get_total_norm(gradients).double()
 
-    def update(self, loss: float, norm: float, tokens: int, config: TrainConfig) -> None:
-        """A step of AdamW on its own factors, with its own schedule, its gradient clipped to max_grad_norm."""
-        factor = learning_rate_factor(len(self.losses), self.num_steps, config.warmup_steps, config.lr_scheduler_type)
+    def update(self, norm: Tensor, config: TrainConfig) -> None:
+        """A step of AdamW on its own factors, with its own schedule, its gradient (of this norm) clipped to max_grad_norm. Waits
+        for nothing: numbers that are not finite are found when they are judged."""
+        factor = learning_rate_factor(self.taken, self.num_steps, config.warmup_steps, config.lr_scheduler_type)
         self.optimizer.param_groups[0]["lr"] = self.learning_rate * factor
-        too_long = (norm + 1e-6) / config.max_grad_norm if config.max_grad_norm else 0.0
-        if too_long > 1:                                        # the fused step divides as it reads
-            self.optimizer.grad_scale = torch.tensor(too_long, device=self.parameters[0].device)
-        else:
-            self.optimizer.grad_scale = None
+        if config.max_grad_norm:                                # the fused step divides as it reads
+            self.optimizer.grad_scale = ((norm + 1e-6) / config.max_grad_norm).clamp(min=1.0).float()
         self.optimizer.step()
-        self.losses.append(loss)
-        self.tokens += tokens
+        self.taken += 1
 
-    def judge(self, loss: float, norm: float) -> bool:
-        """Whether its numbers are finite; if not, it has failed, and says why."""
+    def judge(self, loss: float, norm: float, tokens: int) -> bool:
+        """Takes in the numbers of its next step. Whether they are finite; if not, it has failed, and says why."""
         if math.isfinite(loss) and math.isfinite(norm):
+            self.losses.append(loss)
+            self.tokens += tokens
             return True
         self.failed = (f"expected a finite loss; got {loss} (gradient norm {norm}) at step {len(self.losses) + 1} of "
                        f"{self.num_steps}. Lower its learning rate (now {self.learning_rate}) or look at its rows.")
@@ -121,7 +125,7 @@ class Member:
 
 def starting_adapters(client: LocalClient, start: Adapters | None, own: Mapping[str, tuple[int, int]], seed: int,
                       version: int) -> dict[str, Adapter]:
-    """Where a client's training starts: the start cut to its rank, its scale kept, or filled up with fresh ranks.
+    """Where a client's training starts, on the CPU: the start cut to its rank, its scale kept, or filled up with fresh ranks.
 
     Fresh ranks (A random, B = 0, the client's own alpha / rank) are drawn from (seed, client, version, layer).
     """
@@ -129,7 +133,7 @@ def starting_adapters(client: LocalClient, start: Adapters | None, own: Mapping[
     for name, shape in own.items():
         given = (start or {}).get(name)
         if given is not None and given.rank >= client.rank:
-            out[name] = truncate(given, client.rank)
+            out[name] = truncate(given, client.rank).to("cpu")
         else:
             out[name], wanted[name] = given, shape
     for name, drawn in fresh_adapters(wanted, client.rank, client.alpha, seed, client.name, version, "fresh").items():

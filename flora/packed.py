@@ -52,6 +52,8 @@ class Packed:
         if not layer.B.T.is_contiguous():
             layer.B = nn.Parameter(layer.B.detach().T.contiguous().T)
         layer.routing = self._routings.setdefault(tuple(offsets), Routing())
+        if layer.dropout:
+            layer.routing.names.append(name)
         for factor, wanted in ((layer.A, "A" in train), (layer.B, "B" in train)):
             factor.requires_grad_(trains and wanted)
         self._trained[name] = [factor for factor in (layer.A, layer.B) if factor.requires_grad]
@@ -120,11 +122,11 @@ class Packed:
 
 
 def joined(starts: Sequence[Adapters], asleep: Sequence[Adapters]) -> dict[str, Adapter]:
-    """One adapter a layer that holds all clients' ranks in order, B with its ranks outermost; a rank of zeros where nobody trains
-    what somebody sees."""
+    """One adapter a layer, on the CPU, that holds all clients' ranks in order, B with its ranks outermost; a rank of zeros where
+    nobody trains what somebody sees. Some may come from a GPU and some not."""
     out = {}
     for name in all_layers([*starts, *asleep]):
-        have = [start[name] for start in starts if name in start]
+        have = [start[name].to("cpu") for start in starts if name in start]
         if not have:
             a = next(one[name] for one in asleep if name in one)
             have = [Adapter(torch.zeros(1, a.A.shape[1]), torch.zeros(a.B.shape[0], 1), 1.0)]

@@ -1,21 +1,21 @@
 """Sequences of different lengths in one line of a model, without padding, each attending to itself alone.
 
-A model of transformers asks a named function for its attention. Ours cuts the line at the sequences' ends and calls transformers'
-own `sdpa` on each, those of one length that lie together at once: no mask of the whole line exists, nothing is spent between
-sequences, and a NaN of one cannot reach another. Everything else in such a model works on one token at a time and needs only the
-positions. Whether a given model is like that is not looked up but tried, on eight tokens, before it is relied on; and so is whether
-its logits are its output embedding times its last hidden states, which lets a loss be taken in chunks (losses.py).
+A model of transformers asks a named function for its attention. Ours (attention.py) cuts the line at the sequences' ends: nothing
+is spent between sequences. Everything else in such a model works on one token at a time and needs only the positions. Whether a
+given model is like that is not looked up but tried, on eight tokens, before it is relied on; and so is whether its logits are its
+output embedding times its last hidden states, which lets a loss be taken in chunks (losses.py).
 """
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from flora.attention import Line, attend
 from flora.layer import computes_itself, device_for, is_linear
 from flora.sharded import holds_shards
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 NAME = "flora_packed"
 KNOWN = {"full_attention", "sliding_attention"}
 
-_lengths: dict[int, Sequence[int]] = {}                        # of the line that a model is in, by the id of its config
+_lines: dict[int, Line] = {}                                    # that a model is in, by the id of its config
 
 
 @dataclass(frozen=True)
@@ -129,32 +129,14 @@ def line(model: nn.Module, lengths: Sequence[int]) -> Iterator[None]:
     a checkpointed layer again."""
     keys = [id(config) for config in _configs(model)]
     try:
-        for key in keys:
-            _lengths[key] = lengths
+        _lines.update(dict.fromkeys(keys, Line(lengths)))
         yield
     finally:
         for key in keys:
-            _lengths.pop(key, None)
+            _lines.pop(key, None)
 
 
-def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
-            scaling: float | None = None, **options) -> tuple[Tensor, None]:
-    """Attention within each sequence of a line. query (1, heads, tokens, size); gives (1, tokens, heads, size).
-
-    attention_mask: not read, there is none for a line.
-    """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    runs = [(length, len(list(same))) for length, same in groupby(_lengths[id(module.config)])]
-    sizes = [length * count for length, count in runs]
-    window, out = options.pop("sliding_window", None), []
-    for (length, count), q, k, v in zip(runs, *(t.split(sizes, dim=2) for t in (query, key, value)), strict=True):
-        mask = None
-        if window is not None and length > window:
-            order = torch.arange(length, device=q.device)
-            far = order[:, None] - order
-            mask = ((far >= 0) & (far < window))[None, None]
-        q, k, v = (t[0].unflatten(1, (count, length)).transpose(0, 1) for t in (q, k, v))
-        y, _ = sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scaling, **options)
-        out.append(y.reshape(1, count * length, *y.shape[2:]))
-    return out[0] if len(out) == 1 else torch.cat(out, 1), None
+def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+            **options: Any) -> tuple[Tensor, None]:
+    """Attention within each sequence of the model's line, as transformers asks for it. attention_mask: not read, there is none."""
+    return attend(_lines[id(module.config)], module, query, key, value, options), None

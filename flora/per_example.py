@@ -25,6 +25,7 @@ from flora.client import TrainConfig
 from flora.data.batches import steps_per_epoch
 from flora.keystream import KEY_BYTES, normal
 from flora.member import Member
+from flora.segments import sent_to
 
 
 class Examples:
@@ -57,9 +58,11 @@ class Examples:
     def finish(self, k: int) -> None:
         """Gives member k's parameters (Σ + noise) / b as their gradients."""
         member, totals = self.members[k], self._sums.pop(k)
-        sizes, label = [total.numel() for total in totals], f"example/{member.place}/{len(member.losses)}"
-        for total, drawn in zip(totals, normal(self._key, label, (sum(sizes),)).split(sizes), strict=True) if self.noise else ():
-            total.add_(drawn.view(total.shape).to(total.device), alpha=self.noise)
+        sizes, label = [total.numel() for total in totals], f"example/{member.place}/{member.taken}"
+        if self.noise:
+            drawn = sent_to(totals[0].device, normal(self._key, label, (sum(sizes),))).split(sizes)
+            for total, own in zip(totals, drawn, strict=True):
+                total.add_(own.view(total.shape), alpha=self.noise)
         for p, total in zip(member.parameters, totals, strict=True):
             p.grad = (total / self.batch).to(p.dtype)
 

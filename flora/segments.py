@@ -112,6 +112,11 @@ def frozen_operand(frozen: HasRanks | Sequence[Any] | None, shape: tuple[int, in
     return [frozen.A, frozen.B, frozen.scale.float()], frozen.ranges
 
 
+def sent_to(device: torch.device, t: Tensor) -> Tensor:
+    """A CPU tensor on a device, for which nothing waits: through memory that a GPU reads by itself."""
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+
+
 def row_keys(*parts: int | Tensor) -> Tensor:
     """Mixes ints and int64 tensors (broadcast together) into keys for dropout: (client, step, sequence, position).
 

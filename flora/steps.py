@@ -1,11 +1,13 @@
 """What an optimiser step of several clients computes: their rows cut into passes within a budget, made ready in the background."""
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from flora.data.batches import Batch, batch_of
 from flora.losses import Loss, Row
@@ -27,9 +29,16 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward and backward pass: its places, client by client, and their batch."""
+    """One forward and backward pass: its places, client by client, and their batch. whose int64 (rows,): their clients; share fp64
+    (rows,): what the sum of a row's terms is multiplied by."""
     places: Sequence[Place]
     batch: Batch
+    whose: Tensor
+    share: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Pass":
+        """The same with `change` applied to every tensor."""
+        return Pass(self.places, self.batch.map(change), change(self.whose), change(self.share))
 
 
 def passes(places: Sequence[Place], budget: int, packed: bool) -> Iterator[list[Place]]:
@@ -66,16 +75,32 @@ def _full(part: Sequence[Place], place: Place, budget: int, share: float | None)
     return longest * (count + len(place.lengths)) > budget or ragged
 
 
+class Reading:
+    """Numbers of a step on their way to the host: on a GPU the copy begins at once, and `read` waits for it alone."""
+
+    def __init__(self, t: Tensor):
+        self._there = t.to("cpu", non_blocking=True)            # into memory that the GPU writes by itself
+        self._done = torch.cuda.current_stream(t.device).record_event() if t.is_cuda else None
+
+    def read(self) -> list[Any]:
+        """The numbers, once they are there."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._there.tolist()
+
+
 class Loader:
     """Makes the passes of steps; the next step's in a thread, while this one computes.
 
-    loss: says what a row puts into a batch; packed, pad_id: how; device: where to; apart: no pass has two rows of one client.
-    budget: of the step begun last.
+    loss: says what a row puts into a batch; packed, pad_id: how; device: where to; apart: no pass has two rows of one client, and
+    a row's share is one over its own terms, where it is one over its client's terms of the step else. budget: of the step begun
+    last.
     """
 
     def __init__(self, loss: Loss, packed: bool, pad_id: int, device: torch.device, apart: bool = False):
         self.loss, self.packed, self.pad_id, self.device, self.apart = loss, packed, pad_id, device, apart
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="flora-batches")
+        here = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())     # each thread has a GPU of its own
+        self._pool = ThreadPoolExecutor(1, "flora-batches", *here)
         self._next: Future | None = None
         self.budget = 0
 
@@ -102,13 +127,22 @@ class Loader:
         out, waves = [], [places]
         if self.apart:
             waves = [[p for p in places if p.sequence == i] for i in sorted({p.sequence for p in places})]
+        terms = [self.loss.terms(p.row) for p in places]
+        whole = Counter[int]()
+        for p, count in zip(places, terms, strict=True):
+            whole[p.client] += count
+        share = {(p.client, p.sequence): 1.0 / (count if self.apart else whole[p.client])
+                 for p, count in zip(places, terms, strict=True)}
         for part in (part for wave in waves for part in passes(wave, budget, self.packed)):
             batch = batch_of([p.row for p in part], self.packed, self.pad_id, self.loss.sequences)
-            out.append(Pass(part, batch.map(torch.Tensor.pin_memory) if self.device.type == "cuda" else batch))
+            one = Pass(part, batch, torch.tensor([p.client for p in part]),
+                       torch.tensor([share[p.client, p.sequence] for p in part], dtype=torch.float64))
+            out.append(one.map(Tensor.pin_memory) if self.device.type == "cuda" else one)
         return out
 
-    def to_device(self, one: Pass) -> Batch:
-        return one.batch.map(lambda t: t.to(self.device, non_blocking=True))
+    def to_device(self, one: Pass) -> Pass:
+        """Its tensors there; on a GPU nothing waits for the copies."""
+        return one.map(lambda t: t.to(self.device, non_blocking=True))
 
 
 def tokens_a_step(rows: Sequence[Row], count: int, loss: Loss) -> int:

@@ -1,4 +1,6 @@
 """A cohort in one batch: every client ends where it would have ended alone, whatever its rank, data, steps, depth or company."""
+import weakref
+
 import pytest
 import torch
 from tiny import TARGETS, adapter, llama, near, token_rows
@@ -176,3 +178,21 @@ def test_out_of_memory_halves_the_pass_and_takes_the_step_again(monkeypatch, cap
     with pytest.raises(RuntimeError, match="can't allocate"):
         Cohort(model, clients, config, TARGETS).fit(Broadcast())
     assert flora.nn.lora_layers(model) == {}
+
+
+def test_what_a_pass_without_memory_held_is_gone_before_it_is_tried_again(monkeypatch):
+    """An error holds the frames it came through, and with them the activations: half the pass would not fit beside them."""
+    real, held, alive = CausalLM.__call__, [], []
+
+    def small(self, model, batch):
+        alive.extend(t() is not None for t in held)
+        if batch.input_ids.numel() > 30:
+            activations = model(**batch.inputs()).logits
+            held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return real(self, model, batch)
+
+    monkeypatch.setattr(CausalLM, "__call__", small)
+    clients = [LocalClient(f"c{k}", token_rows(4, seed=k), 4, 8) for k in range(4)]
+    Cohort(llama(), clients, TrainConfig(1e-2, max_steps=2, per_device_train_batch_size=3), TARGETS, 100).fit(Broadcast())
+    assert held and alive and not any(alive)

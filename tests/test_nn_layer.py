@@ -11,8 +11,9 @@ import flora
 from flora import ops
 from flora.adapter import Adapter, pad
 from flora.errors import AdapterError, TargetError
-from flora.layer import LoRALinear
+from flora.layer import LoRALinear, Routing
 from flora.nn import applied, lora_layers
+from flora.seeds import derive
 
 
 def twins(dtype, rank=4, alpha=6, bias=True):
@@ -134,6 +135,13 @@ def test_modes_are_kept_and_dropout_is_for_training(make):
         layer.dropout = 0.0
     model.train()
     assert torch.equal(model(ids).logits, expected)
+
+
+def test_the_keys_of_all_layers_at_once_are_those_of_each():
+    routing, keys = Routing(names=["a", "b"]), ops.row_keys(1, torch.arange(6))
+    assert routing.keys_of("a") is None
+    for routing.row_keys in (keys, keys + 1):
+        assert all(torch.equal(routing.keys_of(name), ops.row_keys(routing.row_keys, derive(name))) for name in ("b", "a", "other"))
 
 
 def test_row_keys_fix_the_masks_and_layers_differ():

@@ -110,9 +110,9 @@ def test_the_models_own_attention_comes_back_after_an_error():
     with pytest.raises(ZeroDivisionError), packable(model), line(model, [3]):
         assert model.config._attn_implementation == NAME
         raise ZeroDivisionError
-    assert model.config._attn_implementation == before and not packing._lengths
+    assert model.config._attn_implementation == before and not packing._lines
     Cohort(model, [LocalClient("c", token_rows(3), 2)], TrainConfig(1e-3, max_steps=1), TARGETS).fit(Broadcast())
-    assert model.config._attn_implementation == before and not packing._lengths
+    assert model.config._attn_implementation == before and not packing._lines
 
 
 def test_checkpointing_computes_the_same_and_keeps_less(monkeypatch):

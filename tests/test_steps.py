@@ -83,6 +83,16 @@ def test_auto_holds_what_the_free_memory_holds(monkeypatch, caplog):
     assert 0 < available(CPU) < 1 << 50
 
 
+def test_frozen_ranks_are_no_part_of_what_a_token_keeps():
+    """They are there however long the pass is, and may be larger than all that it keeps."""
+    kept = []
+    for frozen in (None, {name: adapter(400, shape) for name, shape in target_shapes(llama(), TARGETS).items()}):
+        model = llama()
+        Cohort(model, [LocalClient("c", token_rows(4), 4)], TrainConfig(1e-3, max_steps=1), TARGETS).fit(Broadcast(), frozen)
+        kept.append(budget._per_token[model][False])
+    assert kept[1] < 1.2 * kept[0]
+
+
 def test_a_number_is_taken_as_it_is_and_an_error_of_another_kind_is_raised():
     fixed = Budget(llama(), 100)
     fixed.measure(lambda: 1 // 0, 10, False)
