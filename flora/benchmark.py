@@ -131,7 +131,8 @@ def stored(name: str | None = None) -> list[dict[str, Any]]:
     if name is not None and name not in names:
         raise ConfigError(f"expected one of {', '.join(names)}; got {name!r}{nearest(name, names)}")
     return [{"device": path.parent.relative_to(RESULTS).as_posix(), "name": path.stem, **row}
-            for path in files if name in (None, path.stem) for row in json.loads(path.read_text())["rows"] if row.get("ms") is not None]
+            for path in files if name in (None, path.stem)
+            for row in json.loads(path.read_text())["rows"] if row.get("ms") is not None]
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
