@@ -11,6 +11,7 @@ import pytest
 import torch
 from on_host import CXX, build, sanitized
 from oracles import FLOATS, PAPER_RANKS, adapter, check
+from tiny import ROOT
 
 import flora
 from flora import kernels, ops
@@ -232,6 +233,12 @@ def test_no_kernel_touches_what_is_not_its_own():
                            " or (stack_is_cat and bfloat16-torch.float32))"],
                           env=sanitized(), capture_output=True, text=True, check=False)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_what_the_sanitizers_run_is_right():
+    """benchmarks.sanitized, with the backends of this machine."""
+    done = subprocess.run([sys.executable, "-m", "benchmarks.sanitized"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.count(": right") >= 36, done.stdout + done.stderr
 
 
 @pytest.mark.gpu
