@@ -1,10 +1,5 @@
-"""Every operator on small odd shapes against fp64: few enough for compute-sanitizer, which slows a program a hundredfold.
-
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m benchmarks.sanitized   (racecheck, synccheck)
-
-On the card where there is one, with every form of the Triton kernels; else the backends of this processor. One line a call; leaves
-with 1 where an answer is wrong.
-"""
+"""Every operator on small odd shapes against fp64, a line a call: PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck
+(racecheck, synccheck) python -m benchmarks.sanitized. Without a card the backends of this processor. 1 where an answer is wrong."""
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -67,8 +62,8 @@ def linear(form: rule.Form | None, kind: str, dtype: torch.dtype, added: bool) -
 def calls() -> Iterator[tuple[Callable[..., None], tuple]]:
     yield from ((merge, given) for given in itertools.product(FLOATS, (False, True), (False, True)))
     yield from ((stack, (dtype,)) for dtype in FLOATS)
-    forms = rule.FORMS if DEVICE == "cuda" else (None,)
-    yield from ((linear, given) for given in itertools.product(forms, KINDS, FLOATS[:3], (False, True)))
+    for form in rule.FORMS if DEVICE == "cuda" else (None,):
+        yield from ((linear, given) for given in itertools.product([form], KINDS, FLOATS[:3], (False, True)))
 
 
 if __name__ == "__main__":

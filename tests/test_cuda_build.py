@@ -30,7 +30,7 @@ def kernels_of(report):
 
 
 def test_there_are_cuda_sources():
-    assert {path.stem for path in SOURCES} >= {"merge", "stack"}
+    assert {path.stem for path in SOURCES} >= {"finite", "merge", "stack"}
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc here: that the CUDA sources compile without spills was not tested")

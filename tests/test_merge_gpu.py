@@ -1,4 +1,4 @@
-"""The CUDA kernels of merge_ and stack_ against fp64, and bit for bit against the CPU operator where the sums are exact.
+"""The CUDA kernels of merge_, stack_ and first_not_finite against fp64, and bit for bit against the CPU's where sums are exact.
 
 Every test runs twice: on a card, and on the host, compiled by g++ (on_host.py), where a card is not needed.
 """
@@ -11,10 +11,8 @@ import pytest
 import torch
 from on_host import CXX, build, sanitized
 from oracles import FLOATS, PAPER_RANKS, adapter, check
-from tiny import ROOT
 
-import flora
-from flora import kernels, ops
+from flora import kernels
 
 module, why = kernels._load("native")
 WITHOUT = module is None or "cuda" not in module.OPERATORS["merge_"]
@@ -201,6 +199,24 @@ def test_stack_is_cat(card, out, factor):
         assert torch.equal(scale, torch.cat([a.scale for a in many]))
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_first_not_finite(card, dtype):
+    """The scan of the CUDA first_not_finite: every place, every stride, the largest numbers that are finite."""
+    fine = torch.tensor([torch.finfo(dtype).max, -torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal / 2, 0.0], dtype=dtype)
+    find, fine = card.ops.first_not_finite.default, fine.to(card.device)
+    assert find([torch.empty(0, 3, device=card.device)]) == -1
+    for shape, bad in itertools.product(((1,), (37, 29), (5003,), (64, 40), (3, 70, 51), (0, 3)), (float("nan"), -float("inf"))):
+        tensor = torch.zeros(shape, dtype=dtype, device=card.device)
+        views = [tensor, tensor.transpose(0, -1), tensor[::2], tensor[..., ::3], tensor[..., 1:], tensor[None].expand(4, *shape)]
+        assert find([fine, *views, fine]) == -1
+        for view in (v for v in views if v.numel()):
+            for place in (0, -1):
+                at = (place,) * view.dim()
+                view[at] = bad
+                assert find([torch.ones(90, 90, device=card.device), fine, view, fine, tensor]) == 2
+                view[at] = 0
+
+
 @HOST
 def test_warps_in_any_order_and_less_shared_memory_give_the_same_bits(on_host, monkeypatch):
     """A barrier that is missing, or a slot that is written while it is read, changes what one warp order leaves and another does
@@ -230,64 +246,6 @@ def test_no_kernel_touches_what_is_not_its_own():
     """Strides, edges and stacks again under AddressSanitizer and UndefinedBehaviorSanitizer, in a process of their own."""
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k",
                            "host and (many_layers or (anywhere and bfloat16) or (strides and float32)"
-                           " or (stack_is_cat and bfloat16-torch.float32))"],
+                           " or (finite and float16) or (stack_is_cat and bfloat16-torch.float32))"],
                           env=sanitized(), capture_output=True, text=True, check=False)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
-
-
-def test_what_the_sanitizers_run_is_right():
-    """benchmarks.sanitized, with the backends of this machine."""
-    done = subprocess.run([sys.executable, "-m", "benchmarks.sanitized"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and done.stdout.count(": right") >= 36, done.stdout + done.stderr
-
-
-@pytest.mark.gpu
-def test_public_operators_on_a_card():
-    """flora.ops.merge_many_, with residuals and by chance, bumps versions and gives the CPU's bits where sums are exact."""
-    for kept, rounding in itertools.product((False, True), ("nearest", "stochastic")):
-        weights = [torch.randint(-256, 257, shape).bfloat16() for shape in ((70, 130), (64, 256))]
-        factors = [[[torch.randint(-8, 9, shape).float() for shape in shapes] for shapes in layers] for layers in
-                   ((((3, 130), (5, 130)), ((2, 256),)), (((70, 3), (70, 5)), ((64, 2),)), (((3,), (5,)), ((2,),)))]
-        results = []
-        for device in ("cpu", "cuda"):
-            got = [w.to(device, copy=True) for w in weights]
-            left = [torch.zeros_like(w) for w in got] if kept else None
-            given = [[[t.to(device) for t in layer] for layer in group] for group in factors]
-            ops.merge_many_(got, *given, residuals=left, rounding=rounding, seed=5)
-            assert all(w._version >= 1 for w in got)
-            results.append([t.cpu() for t in (*got, *(left or ()))])
-        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-@pytest.mark.gpu
-def test_not_finite_on_a_card_is_refused_before_anything_is_written():
-    """That a NaN in an adapter on a card leaves the weight as it was."""
-    weight, a = torch.ones(40, 50, device="cuda"), adapter(40, 50, 4).to("cuda")
-    a.B[7, 3] = float("nan")
-    with pytest.raises(flora.errors.AdapterError, match="layer 0, adapter 0, B"):
-        ops.merge_(weight, a.A, a.B, a.scale)
-    assert bool((weight == 1).all())
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(WITHOUT, reason=SAID)
-def test_the_current_stream_and_captures():
-    """That the CUDA merge_ waits for what its stream was given before, and refuses a stream that is being captured."""
-    card, a = SimpleNamespace(device="cuda", ops=torch.ops.flora_native), adapter(2048, 2048, 16).to("cuda")
-    start, big = torch.randn(2048, 2048, device="cuda"), torch.randn(8192, 8192, device="cuda")
-    expected, late = start.clone(), torch.zeros_like(start)
-    merge_(card, [expected], [[a]])
-    torch.cuda.synchronize()
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(20):
-            big @ big                                             # some milliseconds, in which another stream would have merged
-        late.copy_(start)
-        merge_(card, [late], [[a]])
-    side.synchronize()
-    assert torch.equal(late, expected)
-    graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match="a stream that is not being captured"), torch.cuda.graph(graph):
-        merge_(card, [late], [[a]])
-    torch.cuda.synchronize()
-    assert torch.equal(late, expected)

@@ -47,6 +47,7 @@ inline float __fsub_rn(float a, float b) { return a - b; }
 inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __dsub_rn(double a, double b) { return a - b; }
 using std::isfinite;
+inline void atomicMin(int* to, int value) { *to = min(*to, value); }
 
 // ---- threads ------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,5 @@
 // The operators of csrc/cuda, compiled for the host, as torch.ops.flora_on_host on CPU tensors.
+#include "cuda/finite.cu"
 #include "cuda/merge.cu"
 #include "cuda/stack.cu"
 
@@ -55,9 +56,11 @@ STABLE_TORCH_LIBRARY(flora_on_host, m) {
   m.def(
       "stack_(Tensor(a!) out_A, Tensor(b!) out_B, Tensor(c!) out_scale, Tensor[] As, Tensor[] Bs, Tensor[] scales)"
       " -> ()");
+  m.def("first_not_finite(Tensor[] tensors) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flora_on_host, CPU, m) {
   m.impl("merge_", TORCH_BOX(&flora::merge_cuda_));
   m.impl("stack_", TORCH_BOX(&flora::stack_cuda_));
+  m.impl("first_not_finite", TORCH_BOX(&flora::first_not_finite_cuda));
 }
