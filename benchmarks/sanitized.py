@@ -1,5 +1,5 @@
-"""Every operator on small odd shapes against fp64, a line a call: PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck
-(racecheck, synccheck) python -m benchmarks.sanitized. Without a card the backends of this processor. 1 where an answer is wrong."""
+"""Every operator on small odd shapes against fp64, a line a call, few enough for compute-sanitizer (command: docs/kernels.md).
+Without a card the backends of this processor. Leaves with 1 where an answer is wrong."""
 import itertools
 import sys
 from collections.abc import Callable, Iterator
