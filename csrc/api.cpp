@@ -36,6 +36,7 @@ STABLE_TORCH_LIBRARY_IMPL(flora_native, CPU, m) {
 #ifdef FLORA_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(flora_native, CUDA, m) {
   m.impl("merge_", TORCH_BOX(&flora::merge_cuda_));
+  m.impl("first_not_finite", TORCH_BOX(&flora::first_not_finite_cuda));
   m.impl("stack_", TORCH_BOX(&flora::stack_cuda_));
 }
 #endif

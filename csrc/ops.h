@@ -65,6 +65,8 @@ Tensor lora_add_cpu_(Tensor y, const Tensor& x, const Tensor& A, const Tensor& B
 void merge_cuda_(std::vector<Tensor> weights, std::vector<Tensor> residuals, const std::vector<Tensor>& As,
                  const std::vector<Tensor>& Bs, const std::vector<Tensor>& scales, std::vector<int64_t> counts,
                  std::vector<int64_t> seeds);
+// As first_not_finite_cpu; waits for the answer.
+int64_t first_not_finite_cuda(std::vector<Tensor> tensors);
 // As stack_cpu_.
 void stack_cuda_(Tensor out_A, Tensor out_B, Tensor out_scale, const std::vector<Tensor>& As,
                  const std::vector<Tensor>& Bs, const std::vector<Tensor>& scales);

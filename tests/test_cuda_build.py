@@ -20,17 +20,17 @@ def kernels_of(report):
     found = []
     for entry in re.split(r"Compiling entry function ", report)[1:]:
         mangled, arch = re.match(r"'(\S+)' for '(\S+)'", entry).groups()
-        name = re.findall(r"\d+([a-z][a-z_]+?)(?:I(?:Lb([01])E)+E)?E?v?PK", mangled)[-1]
+        name, numbers = re.findall(r"\d+([a-z][a-z_]+?)(I(?:Li\d+E)+E)?E?v?PK", mangled)[-1]
         spilled = sum(map(int, re.findall(r"(\d+) bytes spill", entry)))
         used = re.search(r"Used (\d+) registers", entry)
         shared = re.search(r"(\d+) bytes smem", entry)
-        label = f"{name[0]}<{name[1]}>" if name[1] else name[0]
+        label = f"{name}<{', '.join(re.findall(r'Li([0-9]+)E', numbers))}>" if numbers else name
         found.append((label, arch, spilled, int(used[1]), int(shared[1]) if shared else 0))
     return found
 
 
 def test_there_are_cuda_sources():
-    assert {path.stem for path in SOURCES} >= {"merge", "stack"}
+    assert {path.stem for path in SOURCES} >= {"finite", "merge", "stack"}
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc here: that the CUDA sources compile without spills was not tested")

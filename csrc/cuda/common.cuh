@@ -22,6 +22,7 @@
 namespace flora::cuda {
 
 inline void check_cuda(const char* op, const char* what, cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();  // or whoever asks next would be told of it
   check(error == cudaSuccess, op, ": expected ", what, " to succeed, got ", cudaGetErrorName(error), ": ",
         cudaGetErrorString(error));
 }

@@ -3,9 +3,10 @@
 // A block takes some tiles of one weight; the sums stay in registers over the ranks of all clients, gathered from the
 // clients' own buffers, and meet the weight once. Every element adds its ranks in one order, so the same call gives the
 // same bits. `list_ranks` first turns the table of clients into one of ranks and finds the powers of two that
-// merge_tiles.cuh explains; it reads the right factors once, which leaves them in the L2.
+// merge_tiles.cuh explains, where it needs them; for those it reads the right factors, which leaves them in the L2.
 #include "../ops.h"
 #include "merge_tiles.cuh"
+#include "written.cuh"
 
 #include <algorithm>
 #include <utility>
@@ -18,7 +19,7 @@ using namespace cuda;
 constexpr int kListThreads = 128;
 
 // One warp for each rank, those that fill up a step included.
-__global__ void __launch_bounds__(kListThreads) list_ranks(const Client* clients, int count, Rank* ranks, int64_t all) {
+__global__ void __launch_bounds__(kListThreads, 8) list_ranks(const Client* clients, int count, Rank* ranks, int64_t all) {
   const int64_t n = static_cast<int64_t>(blockIdx.x) * (kListThreads / 32) + threadIdx.x / 32;
   if (n >= all) return;
   const int lane = threadIdx.x % 32;
@@ -38,11 +39,12 @@ __global__ void __launch_bounds__(kListThreads) list_ranks(const Client* clients
     rank.left_quads = n % 4 == 0 && k + 4 <= c.count && c.left_col == left_size &&
                       ((reinterpret_cast<uintptr_t>(rank.left) | static_cast<uintptr_t>(c.left_row)) & (left_unit - 1)) == 0;
     rank.right_quads = c.right_col == right_size && (reinterpret_cast<uintptr_t>(rank.right) & (right_unit - 1)) == 0;
+    const int read = c.scaled ? static_cast<int>(c.cols) : 0;
     uint32_t most = 0;
-#pragma unroll 4
-    for (int col = lane * 4; col < c.cols; col += 128) {
+#pragma unroll 8
+    for (int col = lane * 4; col < read; col += 128) {
       float x[4];
-      fetch_right(rank, col, static_cast<int>(c.cols), x);
+      fetch_right(rank, col, read, x);
 #pragma unroll
       for (int i = 0; i < 4; ++i) most = max(most, magnitude(x[i]));
     }
@@ -55,16 +57,16 @@ __global__ void __launch_bounds__(kListThreads) list_ranks(const Client* clients
   if (lane == 0) ranks[n] = rank;
 }
 
-template <bool PAIR>
+template <int LEFT, int RIGHT>
 __global__ void __launch_bounds__(kTileThreads, 2)
     merge_tiles(const Layer* layers, int count, const Rank* ranks, int slots) {
-  using S = Shape<PAIR>;
+  using S = Shape<LEFT, RIGHT>;
   extern __shared__ __align__(16) char shared_memory[];
   const Layer& layer = layers[owner(layers, count, blockIdx.x)];
   const int item = static_cast<int>(blockIdx.x - layer.begin), steps = layer.steps;
   const int first = item / layer.col_tiles * layer.span, last = min(first + layer.span, layer.row_tiles);
-  const Tiles<PAIR> tiles{layer, ranks, shared_memory,
-                          item % layer.col_tiles * S::kCols};
+  const Tiles<LEFT, RIGHT> tiles{layer, ranks, shared_memory,
+                                 item % layer.col_tiles * S::kCols};
   // More steps than slots: the right factor comes again for every tile, through two slots.
   Quad held;
 
@@ -79,7 +81,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   for (int tile = first; tile < last; ++tile) {
     const int row0 = tile * S::kRows;
     if (tile + 1 < last) tiles.prefetch_weight(row0 + S::kRows);
-    typename Tiles<PAIR>::Sums total = {};
+    typename Tiles<LEFT, RIGHT>::Sums total = {};
     for (int step = 0; step < steps; ++step, ++n) {
       const bool wraps = step + 1 == steps, more = !wraps || tile + 1 < last;
       const int next = wraps ? 0 : step + 1;
@@ -161,56 +163,13 @@ struct Matrix {
   }
 };
 
-// The bytes from the first to the last element of a tensor that has some.
-struct Range {
-  uintptr_t begin, end;
-  static Range of(const Tensor& t) {
-    Range range{reinterpret_cast<uintptr_t>(t.const_data_ptr()), 0};
-    int64_t last = 1;
-    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
-    range.end = range.begin + static_cast<uintptr_t>(last) * t.element_size();
-    return range;
-  }
-  bool operator<(const Range& other) const { return begin < other.begin; }
-};
-
-// What is written, sorted; whether two of them meet, and whether a tensor meets one.
-struct Written {
-  std::vector<Range> ranges;  // sorted, those that meet joined into one
-  bool apart = true;
-
-  void add(const Tensor& t) {
-    if (t.numel() > 0) ranges.push_back(Range::of(t));
-  }
-  void finish() {
-    std::sort(ranges.begin(), ranges.end());
-    std::vector<Range> joined;
-    for (const Range& range : ranges) {
-      if (!joined.empty() && range.begin < joined.back().end) {
-        apart = false;
-        joined.back().end = std::max(joined.back().end, range.end);
-      } else {
-        joined.push_back(range);
-      }
-    }
-    ranges = std::move(joined);
-  }
-  bool meets(const Tensor& t) const {
-    if (t.numel() == 0) return false;
-    const Range range = Range::of(t);
-    auto after = std::lower_bound(ranges.begin(), ranges.end(), range.end,
-                                  [](const Range& r, uintptr_t end) { return r.begin < end; });
-    return after != ranges.begin() && std::prev(after)->end > range.begin;
-  }
-};
-
 // The layers that one kernel takes.
-enum Group { kSingle, kPair, kDoubles, kGroups };
+enum Group { kCast, kSingle, kPair, kDoubles, kGroups };
 struct Tile {
   int64_t rows, cols;
 };
-constexpr Tile kTiles[kGroups] = {{Shape<false>::kRows, Shape<false>::kCols}, {Shape<true>::kRows, Shape<true>::kCols},
-                                  {kDoubleTile, kDoubleTile}};
+constexpr Tile kTiles[kGroups] = {{Shape<1, 1>::kRows, Shape<1, 1>::kCols}, {Shape<2, 1>::kRows, Shape<2, 1>::kCols},
+                                  {Shape<2, 2>::kRows, Shape<2, 2>::kCols}, {kDoubleTile, kDoubleTile}};
 
 int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
@@ -220,21 +179,34 @@ int attribute(cudaDeviceAttr which, int device) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// How many tiles a block walks. Long walks spare the right factor's packing, which costs about a tile; `resident` blocks run
+// at a time, and a last turn that few of them take leaves processors idle.
+int64_t span_of(const std::vector<Layer>& layers, int64_t resident) {
+  int64_t best = 1, least = INT64_MAX;
+  for (int64_t span = 1; span <= 16; ++span) {
+    int64_t items = 0;
+    for (const Layer& layer : layers) items += ceil_div(layer.row_tiles, span) * layer.col_tiles;
+    const int64_t cost = ceil_div(items, resident) * (span + 1);
+    if (cost < least) best = span, least = cost;
+  }
+  return best;
+}
+
 // Launches a kernel for layers [first, first + count) of the table; `steps`: the most that one of them has.
-template <bool PAIR>
+template <int LEFT, int RIGHT>
 void launch_tiles(int64_t blocks, int steps, int device, cudaStream_t stream, const Layer* layers, int count,
                   const Rank* ranks) {
-  using S = Shape<PAIR>;
+  using S = Shape<LEFT, RIGHT>;
   const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   const int room = static_cast<int>((most - S::shared(0)) / S::kSlotBytes);
   const int slots = std::max(2, std::min(steps, room));
   const size_t shared = S::shared(slots);
-  const void* const kernel = reinterpret_cast<const void*>(&merge_tiles<PAIR>);
+  const void* const kernel = reinterpret_cast<const void*>(&merge_tiles<LEFT, RIGHT>);
   check_cuda("merge_", "a request for shared memory",
              cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
   check_cuda("merge_", "a request for shared memory over cache",
              cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
-  launch("merge_", merge_tiles<PAIR>, blocks, kTileThreads, shared, stream, layers, count, ranks, slots);
+  launch("merge_", merge_tiles<LEFT, RIGHT>, blocks, kTileThreads, shared, stream, layers, count, ranks, slots);
 }
 
 void check_factors(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor& scale, size_t l, size_t k,
@@ -323,7 +295,8 @@ void merge_cuda_(std::vector<Tensor> weights, std::vector<Tensor> residuals, con
       residual = residual.transposed();
     }
     const bool precise = weight.kind == kFloat || residual.data;
-    Group group = weight.kind == kDouble || old ? kDoubles : kSingle;
+    const bool cast = weight.kind == kBFloat16 && !residual.data && seeds.empty();
+    Group group = weight.kind == kDouble || old ? kDoubles : cast ? kCast : kSingle;
     const int64_t rank_begin = slots;
     for (size_t c = begin; c < end; ++c) {
       const int64_t rank = As[c].size(0);
@@ -334,7 +307,7 @@ void merge_cuda_(std::vector<Tensor> weights, std::vector<Tensor> residuals, con
       if (group == kSingle && precise && (right.kind == kFloat || right.kind == kDouble)) group = kPair;
       clients.push_back({left.data, right.data, static_cast<const char*>(scale.const_data_ptr()), left.row, left.col,
                          right.row, right.col, scale.stride(0) * 4, weight.cols, slots, static_cast<int32_t>(rank),
-                         left.kind, right.kind, 0});
+                         left.kind, right.kind, group == kSingle || group == kPair});
       slots += rank;
     }
     if (slots == rank_begin && !residual.data) continue;
@@ -356,10 +329,8 @@ void merge_cuda_(std::vector<Tensor> weights, std::vector<Tensor> residuals, con
   size_t offsets[kGroups];
   std::vector<int64_t> blocks[kGroups];
   for (int g = 0; g < kGroups; ++g) {
-    int64_t tiles = 0, items = 0;
-    for (const Layer& layer : groups[g]) tiles += int64_t{layer.row_tiles} * layer.col_tiles;
-    // Long walks spare the right factor's packing; short ones keep every processor busy.
-    const int64_t span = g == kDoubles ? 1 : std::clamp<int64_t>(tiles / (8 * processors), 1, 16);
+    int64_t items = 0;
+    const int64_t span = g == kDoubles ? 1 : span_of(groups[g], 2 * processors);
     for (Layer& layer : groups[g]) {
       layer.span = static_cast<int32_t>(span);
       layer.begin = written.apart ? items : 0;
@@ -388,9 +359,11 @@ void merge_cuda_(std::vector<Tensor> weights, std::vector<Tensor> residuals, con
       if (g == kDoubles) {
         launch("merge_", merge_doubles, blocks[g][i], kDoubleThreads, kDoubleShared, stream, layers, count, ranks, 0);
       } else if (g == kPair) {
-        launch_tiles<true>(blocks[g][i], steps, ordinal, stream, layers, count, ranks);
+        launch_tiles<2, 2>(blocks[g][i], steps, ordinal, stream, layers, count, ranks);
+      } else if (g == kSingle) {
+        launch_tiles<2, 1>(blocks[g][i], steps, ordinal, stream, layers, count, ranks);
       } else {
-        launch_tiles<false>(blocks[g][i], steps, ordinal, stream, layers, count, ranks);
+        launch_tiles<1, 1>(blocks[g][i], steps, ordinal, stream, layers, count, ranks);
       }
     }
   }

@@ -28,7 +28,8 @@ struct Client {
   const char* scale;
   int64_t left_row, left_col, right_row, right_col, scale_step, cols;
   int64_t begin;  // its first entry in the table of ranks
-  int32_t count, left_kind, right_kind, pad;
+  int32_t count, left_kind, right_kind;
+  int32_t scaled;  // whether its factors meet the matrix instruction in fp16, by powers of two
 };
 
 // One rank, made on the device by `list_ranks`. Every layer has a multiple of 16; those beyond its own have no `left`.
@@ -84,7 +85,7 @@ __device__ __forceinline__ float minus(float a, float b) { return __fsub_rn(a, b
 __device__ __forceinline__ double plus(double a, double b) { return __dadd_rn(a, b); }
 __device__ __forceinline__ double minus(double a, double b) { return __dsub_rn(a, b); }
 
-// weight[row, col + e] += sum[e] with all that the call asks for: the residual, the noise. N = 1, or 8 where l.wide.
+// weight[row, col + e] += sum[e] with all that the call asks for: the residual, the noise. N = 1, or 4 where l.wide.
 template <int N, typename T>
 __device__ __forceinline__ void meet(const Layer& l, int row, int col, const T (&sum)[N]) {
   char* const weight = l.weight + row * l.weight_row + col * l.weight_col;

@@ -1,15 +1,17 @@
-// The product of merge_ for fp32, fp16 and bf16 weights, on tensor cores.
+// The product of merge_ for fp32, fp16 and bf16 weights, on tensor cores. LEFT and RIGHT say how many 16-bit terms a factor has.
 //
-// Factors as fp16 pairs. x = hi + lo with hi = fp16(x), lo = fp16(x - hi) holds 22 bits, as a pair of tf32 does, at twice
-// the speed and half the memory. fp16 has few exponents, so every rank of the right factor is scaled by a power of two to
-// a largest element in [2^14, 2^15), its inverse goes to the left one, and there 16 ranks of a row are scaled to the same
-// range; powers of two lose nothing. The left factor, which has the scale, is always a pair. The right one is a pair where
-// fp32 results are asked of fp32 numbers (PAIR); bf16 and fp16 numbers are whole in one, and for a 16-bit weight one is as
-// near as plain PyTorch's own cast of the factor, or nearer. Dropped: lo lo and what is beyond lo, each
+// <1, 1>, bf16 weights rounded to nearest: factors in bf16, as plain PyTorch casts them; but scale is in before the cast,
+// which is the only one, and the sum of all ranks stays fp32 until it has met the weight.
+// <2, 1> and <2, 2>, all others: fp16 pairs. x = hi + lo with hi = fp16(x), lo = fp16(x - hi) holds 22 bits, as a pair of tf32
+// does, at twice the speed and half the memory. fp16 has few exponents, so every rank of the right factor is scaled by a
+// power of two to a largest element in [2^14, 2^15), its inverse goes to the left one, and there 16 ranks of a row are
+// scaled to the same range; powers of two lose nothing. The left factor, which has the scale, is always a pair. The right
+// one is a pair where fp32 results are asked of fp32 numbers; bf16 and fp16 numbers are whole in one, and for a 16-bit
+// weight one is as near as plain PyTorch's own cast of the factor, or nearer. Dropped: lo lo and what is beyond lo, each
 // <= 2^-22 |left||right| a term, 2^-24 in the mean square, and 2^-38 of the largest term of a row. In norm that is
-// 7e-8 of the sum for PAIR, 9e-8 with the low bits that tensor cores cut: under the 1e-7 of the rule at any rank, and from
+// 7e-8 of the sum for <2, 2>, 9e-8 with the low bits that tensor cores cut: under the 1e-7 of the rule at any rank, and from
 // some tens of ranks on less than fp32's own sum over them loses.
-// Tensor cores cut the low bits of a running sum, so a sum of 16 ranks starts from zero, small terms first, and fp32
+// Tensor cores cut the low bits of a running sum, so there a sum of 16 ranks starts from zero, small terms first, and fp32
 // registers add it to the total, rounded to nearest, in the same instruction that takes back the row's power of two.
 //
 // A block keeps the right factor's columns (all ranks of all clients) in shared memory and walks down the rows, so that
@@ -23,21 +25,20 @@
 namespace flora::cuda {
 
 constexpr int kTileThreads = 256;
-constexpr int kLeftBytes = 2 * kStep * 2 + 16;  // a row of 16 ranks: hi, lo, and a gap that spreads the banks
 
-template <bool PAIR>
+template <int LEFT, int RIGHT>
 struct Shape {
-  static constexpr int kTerms = PAIR ? 2 : 1;
-  static constexpr int kRows = 64, kCols = 256 / kTerms;           // of a tile
-  static constexpr int kPieces = 8 / kTerms;                       // 2 x kPieces sums of 16 x 8 are one warp's
+  static constexpr int kRows = 64, kCols = 256 / RIGHT;            // of a tile
+  static constexpr int kPieces = 8 / RIGHT;                        // 2 x kPieces sums of 16 x 8 are one warp's
+  static constexpr int kLeftBytes = LEFT * kStep * 2 + 16;         // a row of 16 ranks, and a gap that spreads the banks
   static constexpr int kRightBytes = 2 * kCols + 16;               // one rank
   static constexpr int kTermBytes = kStep * kRightBytes;
-  static constexpr int kSlotBytes = kTerms * kTermBytes;           // a step of 16 ranks
+  static constexpr int kSlotBytes = RIGHT * kTermBytes;            // a step of 16 ranks
   static constexpr int kLeftTile = kRows * (kLeftBytes + 4);       // with a power of two for each row
   static constexpr size_t shared(int slots) { return 2 * kLeftTile + static_cast<size_t>(slots) * kSlotBytes; }
 };
 // The smallest request must fit where the least shared memory is: 99 KiB, on sm_86 and sm_89.
-static_assert(Shape<true>::shared(2) <= 101376 && Shape<false>::shared(2) <= 101376);
+static_assert(Shape<2, 2>::shared(2) <= 101376 && Shape<2, 1>::shared(2) <= 101376);
 
 // Four neighbours as they lie in memory: nothing waits for them before they are used.
 struct Quad {
@@ -89,6 +90,11 @@ __device__ __forceinline__ void store_split(const float (&x)[4], char* to, char*
   if (low_to) *reinterpret_cast<uint2*>(low_to) = make_uint2(pack_halves(lo[0], lo[1]), pack_halves(lo[2], lo[3]));
 }
 
+// x in bf16, 8 bytes.
+__device__ __forceinline__ void store_cast(const float (&x)[4], char* to) {
+  store<4>(to, kBFloat16, x);
+}
+
 // The bits of |x|, or 0 for what has no exponent to scale by.
 __device__ __forceinline__ uint32_t magnitude(float x) {
   const uint32_t bits = __float_as_uint(x) & 0x7FFFFFFFu;
@@ -132,9 +138,10 @@ __device__ __forceinline__ void fetch_right(const Rank& rank, int col, int cols,
 }
 
 // One warp's share of the block's work; what does not change while the block lives.
-template <bool PAIR>
+template <int LEFT, int RIGHT>
 struct Tiles {
-  using S = Shape<PAIR>;
+  using S = Shape<LEFT, RIGHT>;
+  static constexpr bool kScaled = LEFT == 2;  // by powers of two, into fp16
   // A warp's sums as the matrix instruction lays them out: a thread has 2 neighbours in a row, and 2 below, 8 rows apart.
   using Sums = float[2][S::kPieces][4];
   const Layer& layer;
@@ -145,7 +152,7 @@ struct Tiles {
   // Read anew: an address kept through the loop is two registers.
   __device__ const Rank* ranks_of(int step) const { return all_ranks + layer.rank_begin + step * kStep; }
   __device__ char* left(int n) const { return shared + (n & 1) * S::kLeftTile; }
-  __device__ float* powers(int n) const { return reinterpret_cast<float*>(left(n) + S::kRows * kLeftBytes); }
+  __device__ float* powers(int n) const { return reinterpret_cast<float*>(left(n) + S::kRows * S::kLeftBytes); }
   __device__ char* right(int slot) const { return shared + 2 * S::kLeftTile + slot * S::kSlotBytes; }
   // Where a warp's sums lie in the tile.
   static __device__ int row_of(int warp) { return warp % 2 * 32; }
@@ -164,9 +171,13 @@ struct Tiles {
         const int col = a * 128 + thread_index() % 32 * 4;
         float x[4];
         fetch_right(rank, col0 + col, layer.cols, x);
+        if constexpr (kScaled) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) x[i] *= rank.right_factor;
-        store_split(x, line + 2 * col, PAIR ? line + S::kTermBytes + 2 * col : nullptr);
+          for (int i = 0; i < 4; ++i) x[i] *= rank.right_factor;
+          store_split(x, line + 2 * col, RIGHT == 2 ? line + S::kTermBytes + 2 * col : nullptr);
+        } else {
+          store_cast(x, line + 2 * col);
+        }
       }
     }
   }
@@ -177,60 +188,74 @@ struct Tiles {
     return fetch_left(ranks_of(step) + thread_index() % 4 * 4, row, row < layer.rows);
   }
 
-  // The row's 16 ranks times scale and the right factor's powers of two, scaled together into fp16's range.
+  // The row's 16 ranks times scale; with the right factor's powers of two, scaled together into fp16's range.
   __device__ void pack_left(int step, const Quad& held, int n) const {
     const int row = thread_index() / 4, quad = thread_index() % 4;
     const Rank* const rank = ranks_of(step) + 4 * quad;
+    char* const line = left(n) + row * S::kLeftBytes + 8 * quad;
     float x[4];
     widen_quad(held, held_kind(rank->left_quads, rank->left_kind), x);
-    uint32_t most = 0;
+    if constexpr (!kScaled) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      x[i] *= rank[i].left_factor;
-      most = max(most, magnitude(x[i]));
+      for (int i = 0; i < 4; ++i) x[i] *= rank[i].scale;
+      store_cast(x, line);
+    } else {
+      uint32_t most = 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        x[i] *= rank[i].left_factor;
+        most = max(most, magnitude(x[i]));
+      }
+#pragma unroll
+      for (int other = 1; other < 4; other *= 2) most = max(most, __shfl_xor_sync(0xFFFFFFFFu, most, other));
+      const int e = exponent(most);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] *= power_of_two(14 - e);
+      store_split(x, line, line + 2 * kStep);
+      if (quad == 0) powers(n)[row] = power_of_two(e - 28);
     }
-#pragma unroll
-    for (int other = 1; other < 4; other *= 2) most = max(most, __shfl_xor_sync(0xFFFFFFFFu, most, other));
-    const int e = exponent(most);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] *= power_of_two(14 - e);
-    char* const line = left(n) + row * kLeftBytes + 8 * quad;
-    store_split(x, line, line + 2 * kStep);
-    if (quad == 0) powers(n)[row] = power_of_two(e - 28);
   }
 
   // total += left right for 16 ranks.
   __device__ void multiply(int n, int slot, Sums& total) const {
     const int lane = thread_index() % 32, warp = thread_index() / 32;
     const int warp_row = row_of(warp), warp_col = col_of(warp);
-    // Volatile, so that the four are read where they are used and hold no registers meanwhile.
-    const volatile float* const power = powers(n) + warp_row + lane / 4;
-    uint32_t high[2][4], low[2][4];
+    uint32_t terms[LEFT][2][4];
+    // Volatile, so that they are read where they are used and hold no registers meanwhile.
+    const volatile float* const line_powers = powers(n) + warp_row + lane / 4;
 #pragma unroll
     for (int mi = 0; mi < 2; ++mi) {
-      const char* line = left(n) + (warp_row + 16 * mi + lane % 16) * kLeftBytes + lane / 16 * 16;
-      load_matrices<false>(high[mi], line);
-      load_matrices<false>(low[mi], line + 2 * kStep);
+      const char* line = left(n) + (warp_row + 16 * mi + lane % 16) * S::kLeftBytes + lane / 16 * 16;
+#pragma unroll
+      for (int t = 0; t < LEFT; ++t) load_matrices<false>(terms[t][mi], line + 2 * kStep * t);
     }
     // One load brings two 16 x 8 pieces of the right factor, or hi and lo of one.
-    constexpr int kLoaded = 3 - S::kTerms;
+    constexpr int kLoaded = 3 - RIGHT;
 #pragma unroll
     for (int ni = 0; ni < S::kPieces; ni += kLoaded) {
       const char* line = right(slot) + lane % 16 * S::kRightBytes + 2 * (warp_col + 8 * ni);
       uint32_t b[4];
-      load_matrices<true>(b, line + lane / 16 * (PAIR ? S::kTermBytes : 16));
+      load_matrices<true>(b, line + lane / 16 * (RIGHT == 2 ? S::kTermBytes : 16));
 #pragma unroll
       for (int piece = 0; piece < kLoaded; ++piece) {
-        // The two sums take turns, so that neither waits for its own last product.
-        float sum[2][4] = {};
-        if constexpr (PAIR) add_product(sum, high, b[2], b[3]);
-        add_product(sum, low, b[2 * piece], b[2 * piece + 1]);
-        add_product(sum, high, b[2 * piece], b[2 * piece + 1]);
+        if constexpr (kScaled) {
+          // The two sums take turns, so that neither waits for its own last product.
+          float sum[2][4] = {};
+          if constexpr (RIGHT == 2) add_product(sum, terms[0], b[2], b[3]);
+          add_product(sum, terms[1], b[2 * piece], b[2 * piece + 1]);
+          add_product(sum, terms[0], b[2 * piece], b[2 * piece + 1]);
 #pragma unroll
-        for (int mi = 0; mi < 2; ++mi) {
-          float(&to)[4] = total[mi][ni + piece];
+          for (int mi = 0; mi < 2; ++mi) {
+            float(&to)[4] = total[mi][ni + piece];
+            const float power[2] = {line_powers[16 * mi], line_powers[16 * mi + 8]};
 #pragma unroll
-          for (int i = 0; i < 4; ++i) to[i] = fmaf(sum[mi][i], power[16 * mi + i / 2 * 8], to[i]);
+            for (int i = 0; i < 4; ++i) to[i] = fmaf(sum[mi][i], power[i / 2], to[i]);
+          }
+        } else {
+#pragma unroll
+          for (int mi = 0; mi < 2; ++mi) {
+            multiply_add_bfloat16(total[mi][ni + piece], terms[0][mi], b[2 * piece], b[2 * piece + 1]);
+          }
         }
       }
     }

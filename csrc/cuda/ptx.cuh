@@ -38,6 +38,18 @@ __device__ __forceinline__ void multiply_add(float (&sum)[4], const uint32_t (&l
 #endif
 }
 
+// The same of bf16 numbers.
+__device__ __forceinline__ void multiply_add_bfloat16(float (&sum)[4], const uint32_t (&left)[4], uint32_t right0,
+                                                      uint32_t right1) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right0), "r"(right1));
+#else
+  __trap();
+#endif
+}
+
 // threadIdx.x, read when it is needed: what hangs on it would otherwise fill registers through the whole loop.
 __device__ __forceinline__ int thread_index() {
   int index;

@@ -51,7 +51,7 @@ def _load() -> Path:
 
 LIBRARY = _load()
 # A library built without nvcc has no CUDA kernels and leaves CUDA tensors to the other backends.
-for _op in ("merge_", "stack_"):
+for _op in ("merge_", "stack_", "first_not_finite"):
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"flora_native::{_op}", "CUDA"):
         OPERATORS[_op] = ("cpu", "cuda")
 
