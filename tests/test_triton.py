@@ -1,4 +1,5 @@
 """The Triton kernels one by one with every shipped configuration, the choice of form and blocks, and the table of the clients."""
+import gc
 import json
 from dataclasses import astuple
 
@@ -146,6 +147,17 @@ def test_what_was_compiled_takes_no_more_shared_memory_than_its_configuration_sa
     assert len(record) == len(cases) and {86, 89} < {case.arch for case in cases}
     for case, result in zip(cases, record, strict=True):
         assert result["arch"] == f"sm_{case.arch}" and not aot.faults(case, result)
+
+
+def test_tables_go_with_their_offsets():
+    rows, ranks = offsets((5, 70)), offsets((2, 3))
+    before, of = len(tiles._KEPT), tiles.training_ranks(rows, ranks, 5)
+    tiles.row_tiles(of, 32, torch.device("cpu"))
+    tiles.clients(tiles.frozen_ranks(rows, torch.tensor([(0, 2), (1, 3)]), 3), torch.device("cpu"))
+    assert len(tiles._KEPT) == before + 1
+    del of, rows
+    gc.collect()
+    assert len(tiles._KEPT) == before
 
 
 def test_equal_ranges_of_frozen_ranks_are_one_table():

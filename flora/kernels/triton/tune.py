@@ -72,7 +72,7 @@ class _Clock:
                 call()
             return (time.perf_counter() - began) / count
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(int(3e9 * busy))                                     # cycles, of at most 2 GHz: half as long again
+        torch.cuda._sleep(int(3e9 * min(busy, 0.1)))                           # cycles, of at most 2 GHz: half as long again
         start.record()
         for _ in range(count):
             call()
