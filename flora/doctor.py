@@ -47,13 +47,25 @@ def _host() -> tuple[str | None, str]:
     return ", ".join(name for name, here in host.cpu_features().items() if here) or "none of note", ""
 
 
+def _tuned() -> list[tuple[str, str | None, str]]:
+    """Which table of `flora tune` the GPU's kernels go by; nothing to say where there is no GPU or no Triton."""
+    import torch
+
+    if not torch.cuda.is_available() or kernels._load("triton")[0] is None:
+        return []
+    from flora.kernels.triton import rule
+    forms, blocks, path = rule.table(rule.device_name(torch.device("cuda")))
+    found = None if path is None else f"{path}: {len(forms)} forms, {len(blocks)} blocks"
+    return [("table of flora tune", found, "one adapter runs as cuBLAS calls, and our kernels with blocks that were not measured")]
+
+
 def diagnose() -> list[tuple[str, str | None, str]]:
     """(part, what is here or None, what its absence costs) of this machine; flora.kernels.table() says what runs each operator."""
     import torch
 
     found: list[tuple[str, str | None, str]] = [("torch", f"{torch.__version__}, {torch.get_num_threads()} threads", "")]
     found += [(package, _version(package), cost) for package, cost in COSTS.items()]
-    found += _tools()
+    found += _tools() + _tuned()
     found.append(("host extension", *_host()))
     why = keep_large_blocks()
     return [*found, ("allocator", None if why else "keeps large blocks (flora run sees to it)",

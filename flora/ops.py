@@ -159,18 +159,23 @@ def lora_linears(x: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], Bs:
     check("lists of layers", 0 < L == len(As) == len(Bs) == len(scales) == len(biases) == len(seeds), "one entry a layer in each",
           (L, len(As), len(Bs), len(scales), len(biases), len(seeds)))
     check_dtype("x", x)
+    check("x", x.dim() >= 1, "(..., in)", tuple(x.shape))
+    shapes = []
     for weight, A, B, scale, bias in zip(weights, As, Bs, scales, biases, strict=True):
         check_weight(weight)
-        check("x", x.dim() >= 1 and x.shape[-1] == weight.shape[1], f"(..., {weight.shape[1]})", tuple(x.shape))
-        check("x", device == weight.device, f"a tensor on {weight.device}, where weight is", device)
-        check_ranks("adapter", (A, B, scale), (weight.shape[0], weight.shape[1]), device)
-        check("bias", bias is None or tuple(bias.shape) == (weight.shape[0],), f"({weight.shape[0]},)",
-              bias is not None and tuple(bias.shape))
+        N, K = weight.shape
+        if x.shape[-1] != K:
+            check("x", False, f"(..., {K})", tuple(x.shape))
+        if device != weight.device:
+            check("x", False, f"a tensor on {weight.device}, where weight is", device)
+        check_ranks("adapter", (A, B, scale), (N, K), device)
+        if bias is not None and bias.shape != (N,):
+            check("bias", False, f"({N},)", tuple(bias.shape))
+        shapes.append((N, K))
     if device.type != "meta" and torch.is_autocast_enabled(device.type) and x.dtype != torch.float64:   # which meta cannot ask
         x = x.to(torch.get_autocast_dtype(device.type))
     check_reverse(x, *As, *Bs)
     flat = _rows(x)
-    shapes = [(weight.shape[0], weight.shape[1]) for weight in weights]
     held, segments, widths, keys = _routing(flat, As, shapes, row_offsets, rank_offsets, frozen, dropout, seeds)
     fixed = ([weight.detach() for weight in weights], [None if bias is None else bias.detach() for bias in biases],
              [scale.detach().float() for scale in scales], held, segments, widths, float(dropout), keys)
@@ -178,6 +183,8 @@ def lora_linears(x: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], Bs:
         ys = _LoRALinear.apply(flat, *fixed, *As, *Bs)
     else:
         ys, _ = torch.ops.flora.lora_linear(flat, *_forward_order(As, Bs, *fixed))
+    if x.dim() == 2:
+        return tuple(ys)
     return tuple(y.reshape(*x.shape[:-1], shape[0]) for y, shape in zip(ys, shapes, strict=True))
 
 

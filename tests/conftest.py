@@ -1,4 +1,6 @@
 """The header says what ran every operator; every test starts from one seed; a test that needs a GPU says what it left out."""
+import contextlib
+import inspect
 import os
 
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")     # a compiler that never runs tests nothing
@@ -9,6 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")                   # before a kernel is defined: they run on CPU tensors
 
+import oracles
 from tiny import save_model, write_rows
 
 from flora import kernels, ops
@@ -37,6 +40,23 @@ def seeded():
     torch.manual_seed(0)
     yield
     assert kernels._forced is None, "a test left a backend forced"
+
+
+@pytest.fixture(scope="session")
+def compiled(request):
+    """What the tests of a GPU would launch, compiled on all cores: each that asks for this is first run with nothing launched."""
+    from flora.kernels.triton.launch import ahead
+    ours = [item for item in request.session.items if item.get_closest_marker("gpu") and "compiled" in item.fixturenames
+            and set(inspect.signature(item.function).parameters) <= set(getattr(getattr(item, "callspec", None), "params", ()))]
+    oracles.dry = True
+    try:
+        with contextlib.suppress(Exception), ahead():                                # what fails will fail in its own test too
+            for item in ours:
+                torch.manual_seed(0)
+                with contextlib.suppress(Exception, pytest.skip.Exception):          # no result is right here
+                    item.function(**(item.callspec.params if hasattr(item, "callspec") else {}))
+    finally:
+        oracles.dry = False
 
 
 @pytest.fixture(scope="module")

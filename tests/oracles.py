@@ -7,6 +7,7 @@ from flora.kernels import reference
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 PAPER_RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
+dry = False                                              # True: results are not looked at (conftest.compiled)
 # (M, N, K): one of everything, primes, and sizes just off the blocks of every kernel
 SHAPES = ((1, 1, 1), (7, 13, 11), (65, 127, 129), (33, 64, 48))
 RANKS = (1, 3, 8, 40, 64)
@@ -21,6 +22,8 @@ def bound(plain: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
 
 def check(actual: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype | None = None, what: str = "") -> None:
     """Asserts the error rule. exact: fp64, dense; plain: what plain PyTorch gives; dtype: of the products (actual's)."""
+    if dry:
+        return
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     assert actual.dtype == plain.dtype, f"{what}: {actual.dtype}, expected {plain.dtype}"
     error, allowed = float((actual.double() - exact).norm()), bound(plain, exact, dtype or actual.dtype)
@@ -56,19 +59,19 @@ class Case:
     """One call of lora_linear with everything random: operands, an exact answer and a plain one for it and its gradients."""
 
     def __init__(self, M, N, K, ranks, *, rows=None, x=torch.float32, weight=None, factor=None, bias=False, frozen=None,
-                 ranges=None, dropout=0.0):
-        R = sum(ranks)
+                 ranges=None, dropout=0.0, device="cpu"):
+        R, new = sum(ranks), {"dtype": torch.float64, "device": device}
         self.dtype, self.dropout, self.ranges = x, dropout, ranges
-        self.x = torch.randn(M, K, dtype=torch.float64).to(x)
-        self.weight = (torch.randn(N, K, dtype=torch.float64) / K**0.5).to(weight or x)
-        self.A = (torch.randn(R, K, dtype=torch.float64) / K**0.5).to(factor or x)
-        self.B = torch.randn(N, R, dtype=torch.float64).to(factor or x)
-        self.scale = torch.rand(R) + 0.5
-        self.bias = torch.randn(N, dtype=torch.float64).to(weight or x) if bias else None
-        self.dy = torch.randn(M, N, dtype=torch.float64).to(x)
+        self.x = torch.randn(M, K, **new).to(x)
+        self.weight = (torch.randn(N, K, **new) / K**0.5).to(weight or x)
+        self.A = (torch.randn(R, K, **new) / K**0.5).to(factor or x)
+        self.B = torch.randn(N, R, **new).to(factor or x)
+        self.scale = torch.rand(R, device=device) + 0.5
+        self.bias = torch.randn(N, **new).to(weight or x) if bias else None
+        self.dy = torch.randn(M, N, **new).to(x)
         held = adapter(N, K, frozen or 1, dtype=factor or x)
-        self.frozen = Adapter(held.A, held.B, torch.rand(frozen) + 0.5) if frozen else None
-        self.keys = torch.randint(1 << 62, (M,)) if dropout else None
+        self.frozen = Adapter(held.A, held.B, torch.rand(frozen) + 0.5).to(device) if frozen else None
+        self.keys = torch.randint(1 << 62, (M,), device=device) if dropout else None
         self.rank_offsets = [sum(ranks[:k]) for k in range(len(ranks) + 1)] if rows is not None else None
         self.row_offsets = [sum(rows[:k]) for k in range(len(rows) + 1)] if rows is not None else None
 
@@ -147,6 +150,8 @@ def check_case(case: Case, function, plain=None, dtype: torch.dtype | None = Non
     """The error rule for the output of function(x, A, B) and for the gradient of each of the three."""
     dy = case.dy.to(dtype or case.dtype)
     actual = output_and_gradients(function, case.operands, dy)
+    if dry:
+        return
     compared = output_and_gradients(plain or case.plain, case.operands, dy)
     exact = output_and_gradients(case.exact, [t.double() for t in case.operands], case.dy.double())
     for what, a, p, e in zip(("y", "dx", "dA", "dB"), actual, compared, exact, strict=True):

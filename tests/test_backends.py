@@ -12,7 +12,12 @@ from flora.errors import BackendError
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FORMS = ("triton addmm", "triton skinny", "triton fused", "triton both")
-ONE_OF_EACH = ("reference", "native", "triton both")
+# Where there is a GPU, the Triton kernels run there, compiled, and are among what `-m gpu` asks for; else under the interpreter.
+GPU = torch.cuda.is_available()
+BOTH = pytest.param("triton both", marks=[pytest.mark.gpu] * GPU)
+ADDMM = pytest.param("triton addmm", marks=[pytest.mark.gpu] * GPU)
+ONE_OF_EACH = ("reference", "native", BOTH)
+pytestmark = [pytest.mark.usefixtures("compiled")] * GPU
 MIXED = {"ranks": (1, 3, 8, 40, 64), "rows": (21, 0, 1, 40, 9)}
 RANGES = [(0, 9), (3, 9), (3, 9), (4, 4), (0, 2)]
 KINDS = {
@@ -31,6 +36,12 @@ KINDS = {
     "everything": ((71, 67, 35, MIXED["ranks"]), {"rows": MIXED["rows"], "frozen": 9, "ranges": RANGES, "dropout": 0.2,
                                                   "bias": True}),
 }
+LARGE = {"q_proj": ((4096, 4096, 4096, [16]), {}), "down": ((2048, 4096, 11008, [64]), {}),
+         "large clients": ((8192, 4096, 4096, oracles.PAPER_RANKS), {"rows": (819,) * 9 + (821,)}),
+         "large dropout": ((4096, 4096, 4096, [16]), {"dropout": 0.1}),
+         "fp32 factors": ((4096, 4096, 4096, [16]), {"factor": FP32}),
+         "clients, fp32 factors": ((5120, 11008, 4096, [16] * 10), {"rows": (512,) * 10, "factor": FP32}),
+         "stack of 1024": ((2048, 2048, 2048, [1024]), {})}
 FEW = ("rank 40", "clients", "everything")
 
 
@@ -51,17 +62,25 @@ def backend(name):
         yield
 
 
-def make(kind, **options):
-    shape, given = KINDS[kind]
-    return Case(*shape, **{**given, **options})
+def place(name):
+    """The device of a backend's tensors."""
+    return "cuda" if GPU and name.startswith("triton") else "cpu"
+
+
+def make(kind, name="", **options):
+    shape, given = {**KINDS, **LARGE}[kind]
+    return Case(*shape, **{**given, "device": place(name), **options})
 
 
 def linear(case, **changes):
     return lambda x, A, B: ops.lora_linear(x, case.weight, A, B, case.scale, **{**case.keywords(), **changes})
 
 
-@pytest.mark.parametrize(("name", "kind"), [*itertools.product(ONE_OF_EACH, KINDS), *itertools.product(FORMS[:3], FEW)])
+@pytest.mark.parametrize(("name", "kind"), [*itertools.product(("reference", "native"), KINDS),
+                                            *(itertools.product(FORMS[3:], KINDS) if not GPU else ()),
+                                            *(itertools.product(FORMS[:3], FEW) if not GPU else ())])
 def test_every_kind_of_call_in_fp32(name, kind):
+    """On a GPU: test_on_a_gpu."""
     case = make(kind)
     with backend(name):
         check_case(case, linear(case))
@@ -74,7 +93,7 @@ def test_every_kind_of_call_in_fp32(name, kind):
 def test_dtypes(name, kind, mix):
     """x, weight, factors. Under the interpreter bfloat16 products are made of widened tiles: a GPU's own are not tested here."""
     x, weight, factor = mix
-    case = make(kind, x=x, weight=weight, factor=factor)
+    case = make(kind, name, x=x, weight=weight, factor=factor)
     with backend(name):
         check_case(case, linear(case))
 
@@ -110,10 +129,10 @@ class Group:
 
 @pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
 @pytest.mark.parametrize("kind", ["rank 8", "clients", "dropout", "everything"])
-@pytest.mark.parametrize("name", ["reference", "native", "triton addmm", "triton both"])
+@pytest.mark.parametrize("name", ["reference", "native", ADDMM, BOTH])
 def test_layers_that_read_the_same_x(name, kind, dtype):
-    group = Group(kind, (31, 7, 40), x=dtype)
-    dy = torch.randn(len(group.cases[0].x), 78).to(dtype)
+    group = Group(kind, (31, 7, 40), x=dtype, device=place(name))
+    dy = torch.randn(len(group.cases[0].x), 78).to(place(name), dtype)
     with backend(name):
         actual = output_and_gradients(group.flora, group.operands, dy)
     plain = output_and_gradients(group.through("plain"), group.operands, dy)
@@ -127,7 +146,7 @@ def test_layers_that_read_the_same_x(name, kind, dtype):
 @pytest.mark.parametrize("layout", ["rows", "three axes", "transposed"])
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_lora_add_on_top_of_any_base_product(name, layout, kind, dtype):
-    case = make(kind, x=dtype, bias=True)
+    case = make(kind, name, x=dtype, bias=True)
     keywords = {key: value for key, value in case.keywords().items() if key != "bias"}
 
     def add(x, A, B):
@@ -148,7 +167,7 @@ def test_lora_add_on_top_of_any_base_product(name, layout, kind, dtype):
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_only_the_gradients_asked_for(name):
     for kind in ("rank 3", "everything"):
-        case = make(kind)
+        case = make(kind, name)
         with backend(name):
             whole = output_and_gradients(linear(case), case.operands, case.dy)[1:]
             for wanted in ((0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 0, 1)):
@@ -161,7 +180,7 @@ def test_only_the_gradients_asked_for(name):
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_a_nan_stays_with_its_client_and_calls_repeat(name):
     """The clients share tiles of every block size."""
-    case = make("everything")
+    case = make("everything", name)
     with backend(name):
         clean = output_and_gradients(linear(case), case.operands, case.dy)
         again = output_and_gradients(linear(case), case.operands, case.dy)
@@ -172,7 +191,7 @@ def test_a_nan_stays_with_its_client_and_calls_repeat(name):
         dirty = output_and_gradients(linear(case), (x, A, B), case.dy)
     for kind, (good, bad) in enumerate(zip(clean, dirty, strict=True)):
         good, bad = (good.T, bad.T) if kind == 3 else (good, bad)
-        other = torch.ones(len(good), dtype=torch.bool)
+        other = torch.ones(len(good), dtype=torch.bool, device=good.device)
         other[(rows, rows, ranks, ranks)[kind]] = False
         assert torch.equal(good[other], bad[other])
 
@@ -180,30 +199,25 @@ def test_a_nan_stays_with_its_client_and_calls_repeat(name):
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_any_strides_and_no_rows(name):
     def spread(t):
-        large = torch.full((2 * t.shape[0], 2 * t.shape[1]), float("nan"))
+        large = torch.full((2 * t.shape[0], 2 * t.shape[1]), float("nan"), device=t.device)
         large[::2, 1::2] = t
         return large[::2, 1::2]
 
     with backend(name):
         for kind in FEW:
-            case = make(kind)
+            case = make(kind, name)
             for field in ("x", "weight", "A", "B", "dy"):
                 setattr(case, field, spread(getattr(case, field)))
             check_case(case, linear(case))
-        case = Case(0, 5, 7, [3, 2], rows=(0, 0), frozen=2, bias=True, dropout=0.5)
+        case = Case(0, 5, 7, [3, 2], rows=(0, 0), frozen=2, bias=True, dropout=0.5, device=place(name))
         y, dx, dA, dB = output_and_gradients(linear(case), case.operands, case.dy)
         assert y.shape == (0, 5) and dx.shape == (0, 7) and not dA.any() and not dB.any()
 
 
 def test_a_forced_backend_refuses_what_it_cannot_compute():
-    case = Case(4, 3, 5, [2], x=torch.float64)
+    case = Case(4, 3, 5, [2], x=torch.float64, device=place("triton"))
     with backend("triton"), pytest.raises(BackendError, match="'triton', which cannot: triton: no float64 kernels"):
         linear(case)(*case.operands)
-
-
-LARGE = {"q_proj": ((4096, 4096, 4096, [16]), {}), "down": ((2048, 4096, 11008, [64]), {}),
-         "clients": ((8192, 4096, 4096, oracles.PAPER_RANKS), {"rows": (819,) * 9 + (821,)}),
-         "dropout": ((4096, 4096, 4096, [16]), {"dropout": 0.1}), "stack of 1024": ((2048, 2048, 2048, [1024]), {})}
 
 
 @pytest.mark.gpu
@@ -212,7 +226,6 @@ LARGE = {"q_proj": ((4096, 4096, 4096, [16]), {}), "down": ((2048, 4096, 11008, 
 @pytest.mark.parametrize("name", FORMS)
 def test_on_a_gpu(name, kind, dtype):
     """The Triton kernels compiled, in bfloat16 with its own products, on large shapes, every form."""
-    shape, given = {**KINDS, **LARGE}[kind]
-    case = Case(*shape, **{**given, "x": dtype}).to("cuda")
+    case = make(kind, name, x=dtype)
     with backend(name):
         check_case(case, linear(case))

@@ -44,21 +44,25 @@ def init(parser: Parser) -> Call:
 
 
 def tune(parser: Parser) -> Call:
-    """Measures which kernel forms are fastest on this GPU.
+    """Measures which kernel forms and blocks are fastest on this GPU.
 
-    The table is kept, and later runs read it.
+    The table is kept, and later runs read it. What it has already is not measured again, so a start that was cut off, or whose
+    minutes were over, goes on where it stopped.
 
+    flora tune --minutes 8
     flora tune --shapes 4096x4096 4096x11008
     """
     parser.add_argument("--shapes", nargs="+", type=_shape, metavar="OUTxIN", help="linears (default: those of usual models)")
-    parser.add_argument("--rows", nargs="+", type=_positive, metavar="M", help="tokens of a batch (default: 512 2048 8192 32768)")
-    parser.add_argument("--ranks", nargs="+", type=_positive, metavar="R", help="of an adapter, or of each of ten (default: 4 16 "
-                        "64 256)")
+    parser.add_argument("--rows", nargs="+", type=_positive, metavar="M", help="tokens of a batch (default: 8192 512 5120 2048 "
+                        "32768)")
+    parser.add_argument("--ranks", nargs="+", type=_positive, metavar="R", help="of an adapter, or of each of ten (default: 16 64 "
+                        "4 256)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--minutes", type=float, metavar="N", help="begin no shape after so many (default: measure all)")
 
     def call(given: Namespace) -> None:
         from flora.tuning import tune
-        tune(given.shapes, given.rows, given.ranks, given.dtype)
+        tune(given.shapes, given.rows, given.ranks, given.dtype, given.minutes)
     return call
 
 

@@ -2,6 +2,7 @@
 
 Arguments and results are those of kernels.reference. Here the passes are put together; each is in a file of its own.
 """
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -43,21 +44,25 @@ class _Call:
                                    "make the factors contiguous.")
         self.L, self.segmented, self.widths = len(As), row_offsets is not None, list(widths)
         self.dropout, self.keys, self.scales = dropout, [key.contiguous() for key in keys], [s.contiguous() for s in scales]
-        self.of = [tiles.training_ranks(row_offsets, rank_offsets, A.shape[0]) for A in As]
-        self.starts = [sum(self.widths[:layer]) for layer in range(self.L)]
+        if self.segmented:
+            self.of = [tiles.training_ranks(row_offsets, rank_offsets, As[0].shape[0])] * self.L
+        else:
+            self.of = [tiles.training_ranks(None, None, width) for width in self.widths]
+        self.starts = [0, *itertools.accumulate(self.widths[:-1])]
         self.frozen = [(frozen[3 * i], frozen[3 * i + 1], frozen[3 * i + 2].contiguous()) if frozen else None
                        for i in range(self.L)]
         self.f_of = [f and tiles.frozen_ranks(row_offsets, frozen_ranges, f[0].shape[0]) for f in self.frozen]
         # Layers side by side: with clients, as many equal blocks of ranks; without, one adapter of all their ranks.
-        total = sum(self.widths)
-        self.shared = (self.of[0], self.widths[0], self.L) if self.segmented else (tiles.Ranks(None, None, 0, total), total, 1)
+        self.total = sum(self.widths)
+        self.shared = (self.of[0], self.widths[0], self.L) if self.segmented else (tiles.training_ranks(None, None, self.total),
+                                                                                   self.total, 1)
 
     def columns(self, h: Tensor, layer: int) -> Tensor:
         """The columns of h that are a layer's."""
-        return h[:, self.starts[layer]:self.starts[layer] + self.widths[layer]]
+        return h if self.L == 1 else h.narrow(1, self.starts[layer], self.widths[layer])
 
     def form(self, op: str, M: int, shape: tuple[int, int], like: Tensor) -> rule.Form:
-        return rule.form(op, M, *shape, sum(self.widths), self.segmented, bool(self.keys), like.dtype, like.device)
+        return rule.form(op, M, *shape, self.total, self.segmented, bool(self.keys), like.dtype, like.device)
 
     def side_by_side(self, tensors: Sequence[Tensor]) -> Tensor:
         return tensors[0] if self.L == 1 else torch.cat(list(tensors))
@@ -71,14 +76,14 @@ class _Call:
 def _reduced(x: Tensor, call: _Call, As: Sequence[Tensor], form: rule.Form) -> Tensor:
     """h of all layers, (M, Σ widths): one pass over x, unless dropout gives each layer another x."""
     if call.keys and call.L > 1:
-        h = x.new_empty(x.shape[0], sum(call.widths))
+        h = x.new_empty(x.shape[0], call.total)
         for i in range(call.L):
             shrink(x, As[i], call.scales[i], call.of[i], call.widths[i], keys=call.keys[i], dropout=call.dropout,
                    out=call.columns(h, i))
         return h
     A, scale = call.side_by_side(As), call.side_by_side(call.scales)
     if form.skinny == "torch":
-        return ((x @ A.to(x.dtype).T) * scale).to(x.dtype)
+        return (x @ A.to(x.dtype).T).mul_(scale)
     return shrink(x, A, scale, *call.shared, keys=call.keys[0] if call.keys else None, dropout=call.dropout)
 
 
@@ -146,8 +151,8 @@ def lora_linear_backward(dys: Sequence[Tensor], x: Tensor | None, h: Tensor, wei
     L, M, K = call.L, dys[0].shape[0], As[0].shape[1]
     need_x, need_As, need_Bs = needs[0], needs[1:L + 1], needs[L + 1:]
     forms = [call.form("backward", M, (B.shape[0], K), dys[0]) for B in Bs]
-    dh = dys[0].new_empty(M, sum(call.widths))
-    dBs = [gradient_like(B).zero_() if need else B.new_empty(0) for B, need in zip(Bs, need_Bs, strict=True)]
+    dh = dys[0].new_empty(M, call.total)
+    dBs = [gradient_like(B) if need else B.new_empty(0) for B, need in zip(Bs, need_Bs, strict=True)]
     for i in range(L):
         wanted = need_x or need_As[i]
         if wanted or need_Bs[i]:
@@ -163,7 +168,7 @@ def _through_dy(dy: Tensor, B: Tensor, scale: Tensor, h: Tensor, dh: Tensor, dB:
     own = call.columns(h, i) if need_dB else None
     if form.skinny == "torch":
         if need_dh:
-            into.copy_((dy @ B.to(dy.dtype)) * scale)
+            torch.mul(dy @ B.to(dy.dtype), scale, out=into)
         if need_dB:
             dB.copy_(dy.T @ own)
     elif need_dh and need_dB and width <= ONE_PASS_RANKS:
@@ -199,12 +204,12 @@ def _dx(dys: Sequence[Tensor], dh: Tensor, weights: Sequence[Tensor], As: Sequen
 
 def _dAs(x: Tensor | None, dh: Tensor, As: Sequence[Tensor], call: _Call, form: rule.Form, needs: Sequence[bool]) -> list[Tensor]:
     """Every dA = dhᵀ dropout(x): one pass over x for all layers, unless dropout gives each layer another x."""
-    dAs = [torch.zeros_like(A, memory_format=torch.contiguous_format) if need else A.new_empty(0)
-           for A, need in zip(As, needs, strict=True)]
+    dAs = [A.new_empty(A.shape if need else 0) for A, need in zip(As, needs, strict=True)]
     if form.skinny == "torch":
-        for i, (dA, need) in enumerate(zip(dAs, needs, strict=True)):
+        whole = dh.T @ x if any(needs) else dh
+        for dA, need, start, width in zip(dAs, needs, call.starts, call.widths, strict=True):
             if need:
-                dA.copy_(call.columns(dh, i).T @ x)
+                dA.copy_(whole.narrow(0, start, width))
         return dAs
     pieces = [Piece(dA, i, start, of) for i, (dA, start, of) in enumerate(zip(dAs, call.starts, call.of, strict=True))]
     if call.keys:

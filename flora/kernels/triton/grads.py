@@ -12,13 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flora.kernels.triton import tiles
+from flora.kernels.triton import rule, tiles
 from flora.kernels.triton.common import dot, kept, rounded, row_tile
-from flora.kernels.triton.configs import CHUNK_ROWS, Config, dy_pass_config, outer_config
+from flora.kernels.triton.configs import GATHERED, Config
+from flora.kernels.triton.launch import cdiv, launch
+from flora.kernels.triton.shrink import sum_splits
 
 
 @triton.jit(do_not_specialize=["M", "ranks", "layers", "width", "threshold"])
-def outer_kernel(p, q, parts, table, keys, M, C, ranks, layers, width, sp_m, sq_m, sq_c, so_r, threshold, grow, TABLE: tl.constexpr,
+def outer_kernel(p, q, parts, table, keys, M, ranks, layers, width, threshold, grow, C, sp_m, sq_m, sq_c, so_r, TABLE: tl.constexpr,
                  DROPOUT: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
     """parts[of the chunk, its layer and rank j, c] = Σ over the chunk's rows of p[row, j] · dropout(q)[row, c]."""
     row, stop, _first, ranks, before = row_tile(table, tl.program_id(0), M, 0, ranks, CHUNK, TABLE)
@@ -44,9 +46,9 @@ def outer_kernel(p, q, parts, table, keys, M, C, ranks, layers, width, sp_m, sq_
 
 
 @triton.jit(do_not_specialize=["M", "first", "ranks", "width"])
-def dy_pass_kernel(dy, b, scale, h, dh, parts, table, M, N, first, ranks, width, sd_m, sb_r, sb_n, sh_m, sg_m, so_r,
-                   TABLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
-    """dh = (dy B) · scale of a row tile, and its part of dB = dyᵀ h, from one pass over its dy."""
+def dy_pass_kernel(dy, b, scale, h, dh, parts, table, M, first, ranks, width, N, sd_m, sb_r, sb_n, sh_m, sg_p, sg_m, so_r,
+                   TABLE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
+    """dh = (dy B) · scale of a row tile over one of SPLITS parts of N, and its part of dB = dyᵀ h, from one pass over its dy."""
     row, stop, first, ranks, before = row_tile(table, tl.program_id(0), M, first, ranks, BLOCK_M, TABLE)
     rows = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
     row_ok = rows < stop
@@ -54,7 +56,9 @@ def dy_pass_kernel(dy, b, scale, h, dh, parts, table, M, N, first, ranks, width,
     r_ok = r < ranks
     h_tile = tl.load(h + rows[:, None] * sh_m + r[None, :], mask=row_ok[:, None] & r_ok[None, :], other=0.0)
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for start in range(0, N, BLOCK_N):
+    step = tl.cdiv(tl.cdiv(N, BLOCK_N), SPLITS) * BLOCK_N
+    begin = tl.program_id(1) * step
+    for start in range(begin, tl.minimum(begin + step, N), BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         n_ok = n < N
         dy_tile = tl.load(dy + rows[:, None] * sd_m + n[None, :], mask=row_ok[:, None] & n_ok[None, :], other=0.0)
@@ -63,9 +67,11 @@ def dy_pass_kernel(dy, b, scale, h, dh, parts, table, M, N, first, ranks, width,
         part = dot(tl.trans(dy_tile), h_tile, tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32))
         out = parts + (before + r).to(tl.int64)[None, :] * so_r + n[:, None]
         tl.store(out, part, mask=n_ok[:, None] & r_ok[None, :])
-    acc *= tl.load(scale + first + r, mask=r_ok, other=0.0)[None, :]
+    if SPLITS == 1:
+        acc *= tl.load(scale + first + r, mask=r_ok, other=0.0)[None, :]
     acc = tl.where(r_ok[None, :], acc, 0.0)
-    tl.store(dh + rows[:, None] * sg_m + r[None, :], rounded(acc, dh.dtype.element_ty), mask=row_ok[:, None] & (r < width)[None, :])
+    tl.store(dh + tl.program_id(1) * sg_p + rows[:, None] * sg_m + r[None, :], rounded(acc, dh.dtype.element_ty),
+             mask=row_ok[:, None] & (r < width)[None, :])
 
 
 @triton.jit(do_not_specialize=["count", "first", "ranks", "total", "column", "layer", "layers"])
@@ -81,7 +87,7 @@ def gather_kernel(parts, out, chunks, count, first, ranks, total, column, layer,
     mask = (r < ranks)[:, None] & (c < C)[None, :]
     acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
     part = parts + (column + r).to(tl.int64)[:, None] * sp_r + c[None, :]
-    for _ in range(count):
+    for _ in tl.range(0, count, loop_unroll_factor=8):              # eight loads on their way at once, added in the same order
         acc += tl.load(part, mask=mask, other=0.0)
         part += (tl.zeros((), dtype=tl.int64) + total) * sp_r
     tl.store(out + (first + r).to(tl.int64)[:, None] * so_r + c[None, :] * so_c, rounded(acc, out.dtype.element_ty), mask=mask)
@@ -95,23 +101,15 @@ class Piece(NamedTuple):
     of: tiles.Ranks
 
 
-def _chunks(of: tiles.Ranks, M: int, block: int, total: int, device: torch.device) -> tuple[Tensor | None, int, int]:
-    """(table of row tiles or None, how many, Σ of their ranks) of chunks of `block` rows; total: ranks without clients."""
-    if of.bounds is not None:
-        return tiles.row_tiles(of, block, device)
-    count = triton.cdiv(M, block)
-    return None, count, count * total
-
-
 def _gather(parts: Tensor, pieces: Sequence[Piece], count: int, total: int, layers: int, block: int) -> None:
-    """Adds the partial sums of every layer into its output, which may have any strides."""
+    """Adds the partial sums of every layer into its output, which may have any strides; all of the output is written."""
     C = parts.shape[1]
     for out, layer, column, of in pieces:
         chunks = tiles.chunk_bounds(of, block, parts.device) if of.bounds is not None else None
-        grid = (1 if chunks is None else len(chunks), triton.cdiv(min(total, out.shape[0]), 16), triton.cdiv(C, 128))
+        grid = (1 if chunks is None else len(chunks), cdiv(min(total, out.shape[0]), 16), cdiv(C, GATHERED))
         if grid[0] and grid[1] and C:
-            gather_kernel[grid](parts, out, chunks, count, of.first, of.ranks, total, column, layer, layers, C, parts.stride(0),
-                                *out.stride(), TABLE=chunks is not None, BLOCK_N=128, BLOCK_R=16)
+            launch(gather_kernel, grid, (parts, out, chunks), (count, of.first, of.ranks, total, column, layer, layers),
+                   (C, parts.stride(0), *out.stride()), (chunks is not None, GATHERED, 16))
 
 
 def outer(p: Tensor, q: Tensor, pieces: Sequence[Piece], of: tiles.Ranks, width: int, layers: int = 1, keys: Tensor | None = None,
@@ -122,30 +120,34 @@ def outer(p: Tensor, q: Tensor, pieces: Sequence[Piece], of: tiles.Ranks, width:
     dBᵀ with p = h, q = dy. The ranks of a client without rows get zeros.
     """
     (M, C), columns = q.shape, layers * width
-    config = config or outer_config(M, columns, q.dtype)
-    table, count, ranks = _chunks(of, M, CHUNK_ROWS, width, q.device)
+    config = config or rule.blocks("outer", M, 0, C, columns, q.dtype, q.device)
+    table, count, ranks = tiles.split_rows(of, M, config.block_k, q.device, width)
     parts = torch.empty(ranks * layers, C, dtype=torch.float32, device=q.device)
     if count and C and columns:
-        outer_kernel[count, triton.cdiv(C, config.block_n), triton.cdiv(columns, config.block_r)](
-            p, q, parts, table, keys, M, C, of.ranks, layers, width, p.stride(0), *q.stride(), parts.stride(0),
-            round(dropout * (1 << 24)), 1.0 / (1.0 - dropout), TABLE=table is not None, DROPOUT=keys is not None, CHUNK=CHUNK_ROWS,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=config.block_r, num_warps=config.num_warps,
-            num_stages=config.num_stages)
-    _gather(parts, pieces, count, width, layers, CHUNK_ROWS)
+        launch(outer_kernel, (count, cdiv(C, config.block_n), cdiv(columns, config.block_r)), (p, q, parts, table, keys),
+               (M, of.ranks, layers, width, round(dropout * (1 << 24)), 1.0 / (1.0 - dropout)),
+               (C, p.stride(0), *q.stride(), parts.stride(0)),
+               (table is not None, keys is not None, config.block_k, config.block_m, config.block_n, config.block_r),
+               config.num_warps, config.num_stages)
+    _gather(parts, pieces, count, width, layers, config.block_k)
 
 
 def dy_pass(dy: Tensor, b: Tensor, scale: Tensor, h: Tensor, dh: Tensor, dB: Tensor, of: tiles.Ranks, width: int,
             config: Config | None = None) -> None:
     """dh (M, width) = (dy B) · scale and dB (N, R) = dyᵀ h, dy being read once. width: at most configs.ONE_PASS_RANKS."""
     M, N = dy.shape
-    config = config or dy_pass_config(M, width, dy.dtype)
-    table, count, ranks = _chunks(of, M, config.block_m, width, dy.device)
+    config = config or rule.blocks("dy_pass", M, N, 0, width, dy.dtype, dy.device)
+    table, count, ranks = tiles.split_rows(of, M, config.block_m, dy.device, width)
     parts = torch.empty(ranks, N, dtype=torch.float32, device=dy.device)
     if not N:
         dh.zero_()                                                  # a sum of nothing: no kernel runs
     if count and N and width:
-        dy_pass_kernel[count,](
-            dy, b, scale, h, dh, parts, table, M, N, of.first, of.ranks, width, dy.stride(0), b.stride(1), b.stride(0), h.stride(0),
-            dh.stride(0), parts.stride(0), TABLE=table is not None, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            BLOCK_R=config.block_r, num_warps=config.num_warps, num_stages=config.num_stages)
+        splits = config.splits
+        target = torch.empty(M, splits, width, dtype=torch.float32, device=dy.device) if splits > 1 else dh
+        launch(dy_pass_kernel, (count, splits), (dy, b, scale, h, target, parts, table), (M, of.first, of.ranks, width),
+               (N, dy.stride(0), b.stride(1), b.stride(0), h.stride(0), width if splits > 1 else 0, target.stride(0),
+                parts.stride(0)),
+               (table is not None, splits, config.block_m, config.block_n, config.block_r), config.num_warps, config.num_stages)
+        if splits > 1:
+            sum_splits(target, scale, dh, table, (count, 1), config, (M, of.first, of.ranks, 1, width, b.shape[1]))
     _gather(parts, [Piece(dB.T, 0, 0, of)], count, width, 1, config.block_m)

@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flora.kernels.triton import tiles
+from flora.kernels.triton import rule, tiles
 from flora.kernels.triton.common import dot, kept, low_rank, rounded
-from flora.kernels.triton.configs import Config, expand_config, linear_config
+from flora.kernels.triton.configs import Config
+from flora.kernels.triton.launch import cdiv, launch
 
 GROUP = tl.constexpr(8)
 
@@ -33,11 +34,11 @@ def _tile_of(pid, tiles_m, tiles_n):
 
 
 @triton.jit(do_not_specialize=["M", "first", "ranks", "layers", "width", "R", "f_first", "f_ranks", "threshold"])
-def linear_kernel(x, w, bias, y, h, b, hf, bf, clients, spans, f_clients, keys, M, N, K, first, ranks, layers, width, R, f_first,
-                  f_ranks, sx_m, sx_k, sw_n, sw_k, sy_m, sh_m, sb_n, sb_r, sf_m, sg_n, sg_r, threshold, grow,
-                  BASE: tl.constexpr, BIAS: tl.constexpr, SEGMENTED: tl.constexpr, FROZEN: tl.constexpr,
-                  F_SEGMENTED: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                  BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
+def linear_kernel(x, w, bias, y, h, b, hf, bf, clients, spans, f_clients, keys, M, first, ranks, layers, width, R, f_first, f_ranks,
+                  threshold, grow, N, K, sx_m, sx_k, sw_n, sw_k, sy_m, sh_m, sb_n, sb_r, sf_m, sg_n, sg_r, BASE: tl.constexpr,
+                  BIAS: tl.constexpr, SEGMENTED: tl.constexpr, FROZEN: tl.constexpr, F_SEGMENTED: tl.constexpr,
+                  DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                  BLOCK_R: tl.constexpr):
     """One tile of y: written where there is a BASE product, added to where there is none."""
     tile, column = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N))
     rows = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -81,20 +82,20 @@ def add_low_rank(y: Tensor, h: Tensor, b: Tensor, of: tiles.Ranks, width: int, l
         return y
     hf, bf, f_of = frozen or (None, None, tiles.Ranks(None, None, 0, 0))
     segmented, f_segmented = of.bounds is not None, f_of.bounds is not None
+    K = 0 if x is None else x.shape[1]
     if config is None:
-        ranks, parts = width if segmented else of.ranks, segmented or f_segmented or keys is not None or frozen is not None
-        config = expand_config(M, ranks, y.dtype, parts) if x is None else linear_config(M, N, ranks, y.dtype, parts, device)
-    owner = of if segmented else f_of
-    spans = tiles.spans(owner, config.block_m, device) if segmented or f_segmented else None
-    grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
-    strides = (x, w, h, b, hf, bf)
-    sx, sw, sh, sb, sf, sg = ((0, 0) if t is None else t.stride() for t in strides)
-    linear_kernel[grid](
-        x, w, bias, y, h, b, hf, bf, tiles.clients(of, device) if segmented else None, spans,
-        tiles.clients(f_of, device) if f_segmented else None, keys, M, N, 0 if x is None else x.shape[1], of.first, of.ranks,
-        layers, width, b.shape[1] // layers, f_of.first, f_of.ranks, *sx, *sw, y.stride(0), sh[0], *sb, sf[0], *sg,
-        round(dropout * (1 << 24)), 1.0 / (1.0 - dropout), BASE=x is not None, BIAS=bias is not None, SEGMENTED=segmented,
-        FROZEN=frozen is not None, F_SEGMENTED=f_segmented, DROPOUT=keys is not None, BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n, BLOCK_K=config.block_k or 16, BLOCK_R=config.block_r, num_warps=config.num_warps,
-        num_stages=config.num_stages)
+        parts = segmented or keys is not None or frozen is not None
+        turned = w is not None and w.stride(1) != 1
+        config = rule.blocks(("expand" if x is None else "linear") + ("_parts" if parts else ""), M, N, K,
+                             width if segmented else of.ranks, y.dtype, device, turned)
+    spans = tiles.spans(of if segmented else f_of, config.block_m, device) if segmented or f_segmented else None
+    (sx, sw, sh, sb, sf, sg) = ((0, 0) if t is None else t.stride() for t in (x, w, h, b, hf, bf))
+    launch(linear_kernel, (cdiv(M, config.block_m) * cdiv(N, config.block_n),),
+           (x, w, bias, y, h, b, hf, bf, tiles.clients(of, device) if segmented else None, spans,
+            tiles.clients(f_of, device) if f_segmented else None, keys),
+           (M, of.first, of.ranks, layers, width, b.shape[1] // layers, f_of.first, f_of.ranks, round(dropout * (1 << 24)),
+            1.0 / (1.0 - dropout)),
+           (N, K, *sx, *sw, y.stride(0), sh[0], *sb, sf[0], *sg),
+           (x is not None, bias is not None, segmented, frozen is not None, f_segmented, keys is not None, config.block_m,
+            config.block_n, config.block_k or 16, config.block_r), config.num_warps, config.num_stages)
     return y

@@ -9,14 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flora.kernels.triton import tiles
+from flora.kernels.triton import rule, tiles
 from flora.kernels.triton.common import dot, kept, rounded, row_tile
-from flora.kernels.triton.configs import Config, shrink_config
+from flora.kernels.triton.configs import Config
+from flora.kernels.triton.launch import cdiv, launch
 
 
 @triton.jit(do_not_specialize=["M", "first", "ranks", "layers", "width", "R", "threshold"])
-def shrink_kernel(x, A, scale, h, table, keys, M, K, first, ranks, layers, width, R, sx_m, sx_k, sa_r, sa_k, sh_p, sh_m, threshold,
-                  grow, TABLE: tl.constexpr, DROPOUT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
+def shrink_kernel(x, A, scale, h, table, keys, M, first, ranks, layers, width, R, threshold, grow, K, sx_m, sx_k, sa_r, sa_k, sh_p,
+                  sh_m, TABLE: tl.constexpr, DROPOUT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
                   BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
     """One tile (BLOCK_M rows, BLOCK_R columns) of h, over one of SPLITS parts of K."""
     row, stop, first, ranks, _ = row_tile(table, tl.program_id(0), M, first, ranks, BLOCK_M, TABLE)
@@ -74,19 +75,23 @@ def shrink(x: Tensor, A: Tensor, scale: Tensor, of: tiles.Ranks, width: int, lay
     h = x.new_empty(M, columns) if out is None else out
     if M == 0 or columns == 0:
         return h
-    config = config or shrink_config(M, K, columns, x.dtype, x.device)
-    split_rows = tiles.row_tiles(of, config.block_m, x.device) if of.bounds is not None else None
-    table, grid_m = split_rows[:2] if split_rows else (None, triton.cdiv(M, config.block_m))
-    R = A.shape[0] // layers
-    grid = (grid_m, triton.cdiv(columns, config.block_r))
-    split = config.splits > 1
-    target = torch.empty(config.splits, M, columns, dtype=torch.float32, device=x.device) if split else h
-    numbers = (M, of.first, of.ranks, layers, width, R)
-    shape = {"TABLE": table is not None, "SPLITS": config.splits, "BLOCK_M": config.block_m, "BLOCK_R": config.block_r}
-    shrink_kernel[(*grid, config.splits)](
-        x, A, scale, target, table, keys, M, K, *numbers[1:], *x.stride(), *A.stride(), target.stride(0) if split else 0,
-        target.stride(-2), round(dropout * (1 << 24)), 1.0 / (1.0 - dropout), DROPOUT=keys is not None, BLOCK_K=config.block_k,
-        **shape, num_warps=config.num_warps, num_stages=config.num_stages)
+    config = config or rule.blocks("shrink", M, 0, K, columns, x.dtype, x.device)
+    table, grid_m = tiles.split_rows(of, M, config.block_m, x.device)[:2]
+    grid, split = (grid_m, cdiv(columns, config.block_r), config.splits), config.splits > 1
+    target = torch.empty(M, config.splits, columns, dtype=torch.float32, device=x.device) if split else h
+    launch(shrink_kernel, grid, (x, A, scale, target, table, keys),
+           (M, of.first, of.ranks, layers, width, A.shape[0] // layers, round(dropout * (1 << 24)), 1.0 / (1.0 - dropout)),
+           (K, *x.stride(), *A.stride(), columns if split else 0, target.stride(0)),
+           (table is not None, keys is not None, config.splits, config.block_m, config.block_k, config.block_r), config.num_warps,
+           config.num_stages)
     if split:
-        sum_splits_kernel[grid](target, scale, h, table, *numbers, *target.stride()[:2], h.stride(0), **shape)
+        sum_splits(target, scale, h, table, grid, config, (M, of.first, of.ranks, layers, width, A.shape[0] // layers))
     return h
+
+
+def sum_splits(parts: Tensor, scale: Tensor, h: Tensor, table: Tensor | None, grid: tuple[int, ...], config: Config,
+               numbers: tuple[int, ...]) -> None:
+    """h = (Σ parts) · scale; parts (M, splits, columns) fp32, tiled as the kernel that wrote them; numbers: M, first, ranks,
+    layers, width and R."""
+    launch(sum_splits_kernel, grid[:2], (parts, scale, h, table), numbers, (parts.stride(1), parts.stride(0), h.stride(0)),
+           (table is not None, config.splits, config.block_m, config.block_r))
