@@ -20,6 +20,9 @@ STABLE_TORCH_LIBRARY(flora_native, m) {
       "int[] seeds) -> ()");
   m.def("first_not_finite(Tensor[] tensors) -> int");
   m.def(
+      "checked_merge_(Tensor(a!)[] weights, Tensor(b!)[] residuals, Tensor[] As, Tensor[] Bs, Tensor[] scales, int[] counts, "
+      "int[] seeds, bool write) -> (int, int)");
+  m.def(
       "stack_(Tensor(a!) out_A, Tensor(b!) out_B, Tensor(c!) out_scale, Tensor[] As, Tensor[] Bs, Tensor[] scales)"
       " -> ()");
 }
@@ -30,6 +33,7 @@ STABLE_TORCH_LIBRARY_IMPL(flora_native, CPU, m) {
   m.impl("lora_add_", TORCH_BOX(&flora::lora_add_cpu_));
   m.impl("merge_", TORCH_BOX(&flora::merge_cpu_));
   m.impl("first_not_finite", TORCH_BOX(&flora::first_not_finite_cpu));
+  m.impl("checked_merge_", TORCH_BOX(&flora::checked_merge_cpu_));
   m.impl("stack_", TORCH_BOX(&flora::stack_cpu_));
 }
 
@@ -37,6 +41,7 @@ STABLE_TORCH_LIBRARY_IMPL(flora_native, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(flora_native, CUDA, m) {
   m.impl("merge_", TORCH_BOX(&flora::merge_cuda_));
   m.impl("first_not_finite", TORCH_BOX(&flora::first_not_finite_cuda));
+  m.impl("checked_merge_", TORCH_BOX(&flora::checked_merge_cuda_));
   m.impl("stack_", TORCH_BOX(&flora::stack_cuda_));
 }
 #endif

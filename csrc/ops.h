@@ -23,6 +23,11 @@ void merge_cpu_(std::vector<Tensor> weights, std::vector<Tensor> residuals, std:
 // The index of the first tensor that holds a NaN or an infinity, -1 if none does. Any of the four dtypes, shapes, strides.
 int64_t first_not_finite_cpu(std::vector<Tensor> tensors);
 
+// merge_ where nothing is wrong with its factors and `write` is set; says what is wrong (look_over.h), {0, 0} for nothing.
+std::tuple<int64_t, int64_t> checked_merge_cpu_(std::vector<Tensor> weights, std::vector<Tensor> residuals,
+                                                std::vector<Tensor> As, std::vector<Tensor> Bs, std::vector<Tensor> scales,
+                                                std::vector<int64_t> counts, std::vector<int64_t> seeds, bool write);
+
 // out_A, out_B, out_scale = the ranks of all adapters, one after another. Equal dtypes copy bit for bit.
 //   out_A (R, in), out_B (out, R), out_scale (R,), and for each k: As[k] (r_k, in), Bs[k] (out, r_k), scales[k] (r_k,);
 //   R = r_0 + r_1 + ...; any mix of the four dtypes (out_scale is float32), any strides.
@@ -67,6 +72,10 @@ void merge_cuda_(std::vector<Tensor> weights, std::vector<Tensor> residuals, con
                  std::vector<int64_t> seeds);
 // As first_not_finite_cpu; waits for the answer.
 int64_t first_not_finite_cuda(std::vector<Tensor> tensors);
+// As checked_merge_cpu_; waits for the answer, not for the merge.
+std::tuple<int64_t, int64_t> checked_merge_cuda_(std::vector<Tensor> weights, std::vector<Tensor> residuals,
+                                                 std::vector<Tensor> As, std::vector<Tensor> Bs, std::vector<Tensor> scales,
+                                                 std::vector<int64_t> counts, std::vector<int64_t> seeds, bool write);
 // As stack_cpu_.
 void stack_cuda_(Tensor out_A, Tensor out_B, Tensor out_scale, const std::vector<Tensor>& As,
                  const std::vector<Tensor>& Bs, const std::vector<Tensor>& scales);

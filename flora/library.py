@@ -19,15 +19,15 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return _HERE
 
 
-def implement(op: str, written: int = 0, before: Callable[..., tuple[Any, ...]] | None = None) -> None:
-    """Registers an operator's body: `before` (checks of values; what it returns are the arguments), then the backend of the first
-    tensor's device and dtype, on that device, autocast off; versions of what is written in place (the first `written`) rise."""
+def implement(op: str, written: int = 0, call: Callable[..., Any] | None = None) -> None:
+    """Registers an operator's body: `call`, or else the backend of the first tensor's device and dtype; on that device, without
+    autocast; versions of what is written in place (the first `written`) rise."""
     def body(*args: Any) -> Any:
         first = args[0] if isinstance(args[0], Tensor) else args[0][0]
-        kernel = kernels.resolve(op, first.device, first.dtype)
+        kernel = call or kernels.resolve(op, first.device, first.dtype)
         casts = torch.is_autocast_enabled(first.device.type)          # asking costs less than entering the block
         with _on(first.device), torch.autocast(first.device.type, enabled=False) if casts else _HERE:
-            result = kernel(*(args if before is None else before(*args)))
+            result = kernel(*args)
         for target in args[:written]:
             torch.autograd.graph.increment_version(target)
         return result

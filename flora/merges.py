@@ -4,7 +4,7 @@ All or nothing: shapes, dtypes, devices, memory and numbers of every operand are
 """
 from collections.abc import Sequence
 from operator import index
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,27 +32,32 @@ def _check_memory(weights: Sequence[Tensor], residuals: Sequence[Tensor]) -> lis
     return spans
 
 
-def _checked(weights: Sequence[Tensor], residuals: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor],
-             scales: Sequence[Tensor], counts: Sequence[int], seeds: Sequence[int]) -> tuple[Any, ...]:
-    """merge_'s arguments after the checks that need values: memory and numbers. Factors that lie in a weight are copied."""
+def _merge(weights: Sequence[Tensor], residuals: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor],
+           scales: Sequence[Tensor], counts: Sequence[int], seeds: Sequence[int]) -> None:
+    """merge_ after the checks of memory and factors. Factors that lie in a weight are copied."""
     spans = _check_memory(weights, residuals)
-    _check_finite(weights[0].device, As, Bs, scales, counts)
-    As, Bs, scales = (apart_from(group, spans) for group in (As, Bs, scales))
-    return weights, residuals, As, Bs, scales, counts, seeds
+    if _checked(range(len(weights)), weights, residuals, As, Bs, scales, counts, seeds, True):
+        kernels.resolve("merge_", weights[0].device, weights[0].dtype)(
+            weights, residuals, *(apart_from(group, spans) for group in (As, Bs, scales)), counts, seeds)
 
 
-def _check_finite(device: torch.device, As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[Tensor],
-                  counts: Sequence[int]) -> None:
-    factors = [*As, *Bs, *scales]
-    bad = kernels.resolve("first_not_finite", device)(factors) if factors else -1
-    if bad >= 0:
-        which, number = divmod(bad, len(As))
-        layer = next(i for i in range(len(counts)) if sum(counts[:i + 1]) > number)
-        check(f"layer {layer}, adapter {number - sum(counts[:layer])}, {('A', 'B', 'scale')[which]}", False, "finite numbers",
+def _checked(layers: Sequence[int], weights: Sequence[Tensor], residuals: Sequence[Tensor], As: Sequence[Tensor],
+             Bs: Sequence[Tensor], scales: Sequence[Tensor], counts: Sequence[int], seeds: Sequence[int], write: bool) -> bool:
+    """kernels.reference.checked_merge_ for weights on one device; whether the merge waits for copies. layers: what the weights are
+    called. Raises AdapterError for a factor that does not fit or is not finite."""
+    kernel = kernels.resolve("checked_merge_", weights[0].device, weights[0].dtype)
+    what, number = kernel(weights, residuals, As, Bs, scales, counts, seeds, write)
+    if what in (1, 2):
+        which, client = divmod(number, len(As)) if what == 2 else (0, number)
+        at = next(i for i in range(len(counts)) if sum(counts[:i + 1]) > client)
+        name, (out, inn) = f"layer {layers[at]}, adapter {client - sum(counts[:at])}", weights[at].shape
+        check_ranks(name, (As[client], Bs[client], scales[client]), (out, inn), weights[at].device)
+        check(f"{name}, {('A', 'B', 'scale')[which]}", False, "finite numbers",
               "NaN or infinity; nothing was merged. Leave the adapter out")
+    return bool(what == 3)
 
 
-implement("merge_", 2, _checked)
+implement("merge_", 2, _merge)
 implement("stack_", 3)
 writes_only("merge_")
 writes_only("stack_")
@@ -89,38 +94,31 @@ def _check_written(weights: Sequence[Tensor], residuals: Sequence[Tensor] | None
         check_writable("residual", residual)
 
 
-def check_layer(layer: int, ranks: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], weight: Tensor) -> None:
-    """check_ranks for all adapters of a layer, at a third of its cost where nothing is wrong: a round has thousands."""
-    (out, inn), (As, Bs, scales) = weight.shape, ranks
-    sizes = [len(scale) if scale.dim() else -1 for scale in scales]
-    fits = ([A.shape for A in As] == [(r, inn) for r in sizes] and [B.shape for B in Bs] == [(out, r) for r in sizes]
-            and all(s.dim() == 1 for s in scales) and {t.dtype for group in ranks for t in group} <= _FLOATS
-            and {t.device for group in ranks for t in group} <= {weight.device})
-    for k, one in enumerate(() if fits else zip(As, Bs, scales, strict=True)):
-        check_ranks(f"layer {layer}, adapter {k}", one, (out, inn), weight.device)
-
-
-def _check_operands(weights: Sequence[Tensor], As: Sequence[Sequence[Tensor]], Bs: Sequence[Sequence[Tensor]],
-                    scales: Sequence[Sequence[Tensor]], residuals: Sequence[Tensor] | None) -> None:
-    """Everything about merge_many_'s operands that can be known without reading a number."""
-    _check_written(weights, residuals)
+def _flat(weights: Sequence[Tensor], As: Sequence[Sequence[Tensor]], Bs: Sequence[Sequence[Tensor]],
+          scales: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]:
+    """As, Bs and scales of all layers one after another, the scales in fp32, and how many each layer has."""
     L = len(weights)
     check("weights, As, Bs, scales", L == len(As) == len(Bs) == len(scales), "lists of one length, one entry a layer",
           (L, len(As), len(Bs), len(scales)))
-    for layer, weight in enumerate(weights):
-        counts = len(As[layer]), len(Bs[layer]), len(scales[layer])
-        check(f"layer {layer}", len(set(counts)) == 1, "as many As as Bs and scales", counts)
-        check_layer(layer, (As[layer], Bs[layer], scales[layer]), weight)
+    for layer, own in enumerate(zip(As, Bs, scales, strict=True)):
+        if not len(own[0]) == len(own[1]) == len(own[2]):
+            check(f"layer {layer}", False, "as many As as Bs and scales", tuple(len(one) for one in own))
+    flat_A, flat_B, flat_scale = ([t.detach() if t.requires_grad else t for layer in group for t in layer]
+                                  for group in (As, Bs, scales))
+    flat_scale = [t if t.dtype == torch.float32 or t.dtype not in _FLOATS else t.float() for t in flat_scale]
+    return flat_A, flat_B, flat_scale, [len(layer) for layer in As]
 
 
 def check_many(weights: Sequence[Tensor], As: Sequence[Sequence[Tensor]], Bs: Sequence[Sequence[Tensor]],
                scales: Sequence[Sequence[Tensor]], residuals: Sequence[Tensor] | None = None) -> None:
     """Raises what merge_many_ would raise, and writes nothing: for merges that take several calls, on several devices."""
-    _check_operands(weights, As, Bs, scales, residuals)
+    _check_written(weights, residuals)
+    _flat(weights, As, Bs, scales)
     _check_memory(weights, residuals or ())
-    flat_As, flat_Bs, flat_scales = ([t.detach() for layer in group for t in layer] for group in (As, Bs, scales))
-    for device in {weight.device for weight in weights}:
-        _check_finite(device, flat_As, flat_Bs, flat_scales, [len(layer) for layer in As])
+    for device in dict.fromkeys(weight.device for weight in weights):
+        own = [layer for layer, weight in enumerate(weights) if weight.device == device]
+        here, some = [weights[i] for i in own], ([group[i] for i in own] for group in (As, Bs, scales))
+        _checked(own, here, [], *_flat(here, *some), [], False)
 
 
 def merge_many_(weights: Sequence[Tensor], As: Sequence[Sequence[Tensor]], Bs: Sequence[Sequence[Tensor]],
@@ -138,14 +136,10 @@ def merge_many_(weights: Sequence[Tensor], As: Sequence[Sequence[Tensor]], Bs: S
     Writes under no_grad and bumps the version counters. Raises AdapterError, before anything is written, for shapes, dtypes,
     devices or memory that do not fit, and for NaN or infinity in an adapter. FLoRA, arXiv 2409.05976, section 3.
     """
-    _check_operands(weights, As, Bs, scales, residuals)
-    held, seeds = list(residuals or []), _seeds(rounding, seed, len(weights))
-    flat_A, flat_B, flat_scale = ([t.detach() if t.requires_grad else t for layer in group for t in layer]
-                                  for group in (As, Bs, scales))
-    flat_scale = [t if t.dtype == torch.float32 else t.float() for t in flat_scale]
-    if held or weights:
-        torch.ops.flora.merge_([w.detach() for w in weights], [r.detach() for r in held], flat_A, flat_B, flat_scale,
-                               [len(layer) for layer in As], seeds)
+    _check_written(weights, residuals)
+    held, seeds, factors = list(residuals or []), _seeds(rounding, seed, len(weights)), _flat(weights, As, Bs, scales)
+    if weights:
+        torch.ops.flora.merge_([w.detach() for w in weights], [r.detach() for r in held], *factors, seeds)
     return weights
 
 

@@ -204,3 +204,32 @@ def randomise(model, dtype: torch.dtype | None = None) -> dict[str, Adapter]:
         drawn[name] = Adapter(torch.randn(a.A.shape) / a.A.shape[1] ** 0.5, B, a.scale).to(dtype or a.A.dtype)
     flora.load_adapters(model, drawn)
     return drawn
+
+
+def check_checked_merge(op, device: str) -> None:
+    """checked_merge_ names the first thing that is wrong with a factor, and writes only where nothing is."""
+    shapes, counts = ((5, 7), (6, 4)), (2, 1)
+    weights = [torch.ones(s, device=device) for s in shapes]
+    good = [adapter(*shapes[layer], 3).to(device) for layer, count in enumerate(counts) for _ in range(count)]
+    lists = {name: [getattr(a, name) for a in good] for name in ("A", "B", "scale")}
+
+    def said(write=True, residuals=(), **changed):
+        factors = [[changed.get(f"{name}{k}", t) for k, t in enumerate(lists[name])] for name in ("A", "B", "scale")]
+        before = [w.clone() for w in weights]
+        found = tuple(op(weights, list(residuals), *factors, list(counts), [], write))
+        moved = any(not torch.equal(a, b) for a, b in zip(before, weights, strict=True))
+        assert moved == (write and found == (0, 0)), found
+        return found
+
+    new = {"device": device}
+    misfits = {"A1": torch.ones(3, 6, **new), "B1": torch.ones(5, 2, **new), "scale1": torch.ones(4, **new),
+               "A2": torch.ones(3, 4, dtype=torch.int32, **new), "B0": torch.ones(5, 3, 1, **new),
+               "scale0": torch.tensor(1.0, **new)}
+    assert all(said(**{name: wrong}) == (1, int(name[-1])) for name, wrong in misfits.items())
+    nan = [torch.full_like(lists[name][k], float("nan")) for name, k in (("A", 2), ("B", 0), ("scale", 1))]
+    assert [said(A2=nan[0]), said(B0=nan[1]), said(scale1=nan[2])] == [(2, 2), (2, 3), (2, 7)]
+    assert said(A0=misfits["A1"], B2=nan[1]) == (1, 0)                              # what does not fit is said first
+    wide = torch.ones(9, 4, **new)
+    weights[1] = wide[:6]
+    assert said(A2=wide[5:8]) == (3, 0) and said(residuals=[torch.zeros(5, 7, **new), wide[3:]], A2=wide[:3]) == (3, 0)
+    assert said(A2=wide[6:9]) == (0, 0) and said(write=False) == (0, 0) and said() == (0, 0)

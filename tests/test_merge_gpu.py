@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from on_host import CXX, build, sanitized
-from oracles import FLOATS, PAPER_RANKS, adapter, check
+from oracles import FLOATS, PAPER_RANKS, adapter, check, check_checked_merge
 
 from flora import kernels
 
@@ -215,6 +215,11 @@ def test_first_not_finite(card, dtype):
                 view[at] = bad
                 assert find([torch.ones(90, 90, device=card.device), fine, view, fine, tensor]) == 2
                 view[at] = 0
+
+
+def test_what_is_wrong_with_a_factor_is_found(card):
+    """The checks of the CUDA checked_merge_, and that it merges where nothing is wrong."""
+    check_checked_merge(card.ops.checked_merge_.default, card.device)
 
 
 @HOST

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import FLOATS, PAPER_RANKS, check
+from oracles import FLOATS, PAPER_RANKS, check, check_checked_merge
 
 from flora import kernels
 
@@ -259,3 +259,7 @@ def test_first_not_finite(threads, dtype):
                     view[(-1,) * view.dim()] = 0
     with pytest.raises(RuntimeError, match=r"expected tensors\[1\] in float32.*got dtype number"):
         native.first_not_finite([fine, torch.ones(3).int()])
+
+
+def test_what_is_wrong_with_a_factor_is_found():
+    check_checked_merge(native.checked_merge_, "cpu")

@@ -6,6 +6,7 @@
 // once, so the weight is read once, written once and rounded once, and no dense product exists. Ranks are cut into chunks
 // that depend on nothing but their number, and every element adds them in one order: same bits for any thread count.
 #include "../common.h"
+#include "../look_over.h"
 #include "../ops.h"
 #include "products.h"
 
@@ -315,6 +316,14 @@ void merge_cpu_(std::vector<Tensor> weights, std::vector<Tensor> residuals, std:
     layers.push_back(std::move(layer));
   }
   if (!layers.empty()) merge(layers);
+}
+
+std::tuple<int64_t, int64_t> checked_merge_cpu_(std::vector<Tensor> weights, std::vector<Tensor> residuals,
+                                                std::vector<Tensor> As, std::vector<Tensor> Bs, std::vector<Tensor> scales,
+                                                std::vector<int64_t> counts, std::vector<int64_t> seeds, bool write) {
+  const auto found = look_over(weights, residuals, As, Bs, scales, counts, first_not_finite_cpu);
+  if (write && std::get<0>(found) == 0) merge_cpu_(weights, residuals, As, Bs, scales, counts, seeds);
+  return found;
 }
 
 }  // namespace flora

@@ -27,7 +27,12 @@ inline void check_cuda(const char* op, const char* what, cudaError_t error) {
         cudaGetErrorString(error));
 }
 
-// A floating-point tensor of `dims` dimensions on CUDA device `device`; `what` names the argument in the message.
+inline bool is_cuda_float(const Tensor& t, int64_t dims, int64_t device) {
+  return t.is_cuda() && t.get_device() == device && t.dim() == dims && is_float(t.scalar_type());
+}
+
+// A floating-point tensor of `dims` dimensions on CUDA device `device`; `what` names the argument in the message. Where there
+// are thousands, ask is_cuda_float first: the message costs more to write than all of the checks.
 inline void check_cuda_float(const Tensor& t, int64_t dims, int64_t device, const char* op, const std::string& what) {
   check(t.is_cuda(), op, ": expected ", what, " on a CUDA device, got it on another; move all tensors to one device");
   check(t.get_device() == device, op, ": expected ", what, " on cuda:", device, ", got it on cuda:", t.get_device(),

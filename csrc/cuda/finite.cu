@@ -80,6 +80,7 @@ int64_t first_not_finite_cuda(std::vector<Tensor> tensors) {
   if (tensors.empty()) return -1;
   const int64_t device = tensors[0].get_device();
   for (size_t i = 0; i < tensors.size(); ++i) {
+    if (is_cuda_float(tensors[i], tensors[i].dim(), device)) continue;
     check_cuda_float(tensors[i], tensors[i].dim(), device, "first_not_finite", "tensors[" + std::to_string(i) + "]");
   }
   const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));

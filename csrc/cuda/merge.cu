@@ -4,6 +4,7 @@
 // clients' own buffers, and meet the weight once. Every element adds its ranks in one order, so the same call gives the
 // same bits. `list_ranks` first turns the table of clients into one of ranks and finds the powers of two that
 // merge_tiles.cuh explains, where it needs them; for those it reads the right factors, which leaves them in the L2.
+#include "../look_over.h"
 #include "../ops.h"
 #include "merge_tiles.cuh"
 #include "written.cuh"
@@ -211,6 +212,11 @@ void launch_tiles(int64_t blocks, int steps, int device, cudaStream_t stream, co
 
 void check_factors(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor& scale, size_t l, size_t k,
                    int64_t device) {
+  if (is_cuda_float(A, 2, device) && is_cuda_float(B, 2, device) && is_cuda_float(scale, 1, device) &&
+      scale.scalar_type() == ScalarType::Float && A.size(1) == weight.size(1) && B.size(0) == weight.size(0) &&
+      B.size(1) == A.size(0) && scale.size(0) == A.size(0)) {
+    return;
+  }
   const std::string index = "[" + std::to_string(k) + "]";
   check_cuda_float(A, 2, device, "merge_", "As" + index + " (r, in)");
   check_cuda_float(B, 2, device, "merge_", "Bs" + index + " (out, r)");
@@ -367,6 +373,14 @@ void merge_cuda_(std::vector<Tensor> weights, std::vector<Tensor> residuals, con
       }
     }
   }
+}
+
+std::tuple<int64_t, int64_t> checked_merge_cuda_(std::vector<Tensor> weights, std::vector<Tensor> residuals,
+                                                 std::vector<Tensor> As, std::vector<Tensor> Bs, std::vector<Tensor> scales,
+                                                 std::vector<int64_t> counts, std::vector<int64_t> seeds, bool write) {
+  const auto found = look_over(weights, residuals, As, Bs, scales, counts, first_not_finite_cuda);
+  if (write && std::get<0>(found) == 0) merge_cuda_(weights, residuals, As, Bs, scales, counts, seeds);
+  return found;
 }
 
 }  // namespace flora

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from flora.memory import gradient_like
 
-OPERATORS = dict.fromkeys(("lora_linear", "lora_linear_backward", "lora_add_", "merge_", "stack_", "first_not_finite"), ("*",))
+_NAMES = ("lora_linear", "lora_linear_backward", "lora_add_", "merge_", "stack_", "first_not_finite", "checked_merge_")
+OPERATORS = dict.fromkeys(_NAMES, ("*",))
 
 _SIGN = 1 << 31
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def _signed(value: int) -> int:
@@ -256,3 +258,23 @@ def first_not_finite(tensors: Sequence[Tensor]) -> int:
         return -1                                                   # a finite sum has finite terms: a few launches for all of them
     bad = torch.stack([~torch.isfinite(tensor).all() for tensor in tensors])
     return int(bad.int().argmax()) if bool(bad.any()) else -1
+
+
+def checked_merge_(weights: Sequence[Tensor], residuals: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor],
+                   scales: Sequence[Tensor], counts: Sequence[int], seeds: Sequence[int], write: bool) -> tuple[int, int]:
+    """What is wrong with the factors of merge_, the first of: (1, client) that does not fit its weight (out, in): A (r, in),
+    B (out, r), scale (r,), floating point, on its device; (2, i) for a NaN or an infinity in one of As, Bs and scales, one after
+    another; (3, 0) for a factor that may lie where something is written: here always, and nothing is merged. (0, 0): nothing is
+    wrong, and where `write` is set the merge is done."""
+    number = 0
+    for weight, count in zip(weights, counts, strict=True):
+        out, inn = weight.shape
+        for _ in range(count):
+            A, B, scale = As[number], Bs[number], scales[number]
+            r = A.shape[0] if A.dim() else 0
+            if not (A.shape == (r, inn) and B.shape == (out, r) and scale.shape == (r,)
+                    and all(t.dtype in _FLOATS and t.device == weight.device for t in (A, B, scale))):
+                return 1, number
+            number += 1
+    bad = first_not_finite([*As, *Bs, *scales])
+    return (2, bad) if bad >= 0 else (3, 0)

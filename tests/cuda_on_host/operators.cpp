@@ -57,10 +57,14 @@ STABLE_TORCH_LIBRARY(flora_on_host, m) {
       "stack_(Tensor(a!) out_A, Tensor(b!) out_B, Tensor(c!) out_scale, Tensor[] As, Tensor[] Bs, Tensor[] scales)"
       " -> ()");
   m.def("first_not_finite(Tensor[] tensors) -> int");
+  m.def(
+      "checked_merge_(Tensor(a!)[] weights, Tensor(b!)[] residuals, Tensor[] As, Tensor[] Bs, Tensor[] scales, int[] counts, "
+      "int[] seeds, bool write) -> (int, int)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flora_on_host, CPU, m) {
   m.impl("merge_", TORCH_BOX(&flora::merge_cuda_));
   m.impl("stack_", TORCH_BOX(&flora::stack_cuda_));
   m.impl("first_not_finite", TORCH_BOX(&flora::first_not_finite_cuda));
+  m.impl("checked_merge_", TORCH_BOX(&flora::checked_merge_cuda_));
 }
