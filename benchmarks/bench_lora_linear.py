@@ -15,7 +15,7 @@ from benchmarks.gate import require_green
 from benchmarks.measure import publish
 from benchmarks.shapes import MODELS, RANKS
 from benchmarks.variants import READS, DecoderLinears, variants
-from flora.speed import copy_bandwidth, interleaved, matmul_peak, roofline, rows_of
+from flora.speed import copy_bandwidth, interleaved, matmul_peak, on_the_card, roofline, rows_of
 
 KINDS = {"one": [], "stack": RANKS, "downlink": [64] * 10, "clients": RANKS}       # the ranks of a kind
 BOTH = "forward + backward"
@@ -48,10 +48,12 @@ def measure(kind: str, model: str, num_rows: int, ranks: list[int], name: str, d
     found = variants(kind, shapes, ranks, num_rows, dtype, device, compiled)
     against = "peft" if "peft" in found else "flora, one adapter of rank 16"
     for what, call in (("forward", forward), (BOTH, both)):
-        seconds = interleaved({variant: (lambda c=call, m=layers: c(m)) for variant, layers in found.items()}, repeats)
+        calls = {variant: (lambda c=call, m=layers: c(m)) for variant, layers in found.items()}
+        seconds, card = interleaved(calls, repeats), on_the_card(calls, repeats)
         used = max(ranks) if kind == "clients" else sum(ranks)
         limit = roofline(shapes, num_rows, used, dtype.itemsize, limits[name], backward=call is both)
-        rows += rows_of(title(model, num_rows, kind, ranks, name, what), seconds, against, limit)
+        timed = rows_of(title(model, num_rows, kind, ranks, name, what), seconds, against, limit)
+        rows += [row | {"card_ms": card.get(row["variant"])} for row in timed]
     return rows
 
 

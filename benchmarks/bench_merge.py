@@ -17,12 +17,14 @@ from torch import nn
 from benchmarks.gate import require_green
 from benchmarks.measure import memory, publish, reset_peak
 from benchmarks.shapes import MODELS, RANKS
-from flora import ops
+from flora import kernels, ops
 from flora.adapter import Adapter, stack
 from flora.messages import Update
-from flora.speed import copy_bandwidth, interleaved, rows_of
+from flora.speed import copy_bandwidth, interleaved, on_the_card, rows_of
 from flora.stream import Stream
 
+ALONE = "flora, the operator alone"
+WAITS = ("flora", "flora, bf16 adapters", "flora, stochastic", "flora, residual")       # for the card's answer that all is finite
 BLOCKS = {"SmolLM2-135M": 30, "1B": 16, "3B": 28, "7B": 32, "70B": 80}
 
 
@@ -43,6 +45,12 @@ class Case:
 
     def flora(self, **options) -> Callable[[], object]:
         return lambda: ops.merge_many_(self.weights, *self.lists, **options)
+
+    def alone(self) -> Callable[[], object]:
+        """The operator without the checks, its lists made beforehand."""
+        flat = [[t for layer in lists for t in layer] for lists in self.lists]
+        operator = kernels.resolve("merge_", self.weights[0].device, self.weights[0].dtype)
+        return lambda: operator(self.weights, [], *flat, [len(layer) for layer in self.lists[0]], [])
 
     def addmm_stack(self, dtype: torch.dtype) -> Callable[[], object]:
         """One addmm_ a weight, of stacks concatenated, scaled and cast before; a weight of another dtype goes through a copy."""
@@ -139,7 +147,7 @@ def measure(model: str, name: str, device: str, layers: int | None, repeats: int
     shapes, dtype = shapes_of(model, layers), getattr(torch, name)
     case, half = (Case(shapes, dtype, factor, device) for factor in (torch.float32, torch.bfloat16))
     calls = {"flora": case.flora(), "flora, bf16 adapters": half.flora(),
-             "addmm_ of an fp32 stack": case.addmm_stack(torch.float32)}
+             ALONE: case.alone(), "addmm_ of an fp32 stack": case.addmm_stack(torch.float32)}
     if dtype != torch.float32:
         left = [torch.zeros_like(w, dtype=torch.bfloat16) for w in case.weights]
         calls |= {"flora, stochastic": case.flora(rounding="stochastic", seed=1),
@@ -153,8 +161,9 @@ def measure(model: str, name: str, device: str, layers: int | None, repeats: int
         extra = {variant: extra_megabytes(call, device) for variant, call in calls.items()}
         seconds = interleaved(calls, repeats, 1)
     limit = 2 * sum(w.nbytes for w in case.weights) / copy_bandwidth(device)
+    card = on_the_card({variant: call for variant, call in calls.items() if variant not in WAITS}, repeats)
     timed = rows_of(title(model, len(shapes), name), seconds, "addmm_ of an fp32 stack", limit)
-    return [row | {"extra_mb": extra[row["variant"]]} for row in timed]
+    return [row | {"extra_mb": extra[row["variant"]], "card_ms": card.get(row["variant"])} for row in timed]
 
 
 def drift(device: str, count: int = 200) -> list[dict]:

@@ -38,6 +38,7 @@ class Part(NamedTuple):
     commands: Sequence[Sequence[str]]
     small: Sequence[Sequence[str]] = ()
     needs: Sequence[str] = ()                                           # packages that not every machine has
+    tool: str = sys.executable                                          # a program that not every machine has
 
 
 def bench(name: str, full: Sequence[str], small: str) -> tuple[list[list[str]], list[list[str]]]:
@@ -56,19 +57,21 @@ def gpu_tests() -> list[str]:
 TINYLLAMA = "--model tinyllama-1.1b --dtype bfloat16 --length 512 --cap 1000000000"
 TINY = "--model tiny-llama --length 32 --clients 3 --steps 2 --repeats 1"
 TESTS = [*PYTHON, "pytest", "-q", "-m", "gpu", *gpu_tests()]
-SANITIZED = [[SANITIZER, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.sanitized"]
-             for tool in ("memcheck", "racecheck", "synccheck")]
+SANITIZED = [["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", SANITIZER, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m",
+              "benchmarks.sanitized"] for tool in ("memcheck", "racecheck", "synccheck")]
 RUN = ["pydantic", "yaml", "datasets", "matplotlib"]                     # of `flora compare`
 BUILD = [sys.executable, "setup.py", "build_ext", "--inplace"]
 PARTS = {
     "build": Part("the extension, for this card", [BUILD], [BUILD]),
     "tests": Part("every test that needs a GPU", [TESTS], [TESTS]),
-    "sanitize": Part("every operator once, under compute-sanitizer", SANITIZED, [[*PYTHON, "benchmarks.sanitized"]]),
+    "sanitize": Part("every operator once, under compute-sanitizer", SANITIZED, [[*PYTHON, "benchmarks.sanitized"]],
+                     tool=SANITIZER),
     "tune": Part("which form and blocks are fastest for each shape", [[*PYTHON, "benchmarks.tuned", "--minutes", "7.5"]]),
     "lora_linear": Part("the seven linears of a decoder layer, against their peers and the limit", *bench(
         "bench_lora_linear", ["--models 7B 1B 70B --rows 8192 --ranks 16 --kinds one clients --compile",
                               "--models 7B --rows 8192 --kinds downlink", "--kinds one clients"],
         "--models tiny --rows 64 --ranks 4 --dtypes fp32 --repeats 2 --kinds one downlink clients")),
+    "overhead": Part("what a call costs the host", *bench("bench_overhead", [""], "--rounds 1")),
     "merge": Part("ten clients into the weights of a 7B model", *bench("bench_merge", [""], "--models 64x48 --repeats 2")),
     "round": Part("rounds of ten clients of TinyLlama's size", *bench(
         "bench_round", [f"{TINYLLAMA} --sequences 1 8 --steps 10 --repeats 5"], TINY)),
@@ -90,8 +93,6 @@ def run(name: str, commands: Sequence[Sequence[str]], seconds: float, log: Path,
     ends, outcome = time.monotonic() + seconds, "done"
     with log.open("w", encoding="utf-8") as file:
         for command in commands:
-            if not shutil.which(command[0]):
-                return f"left out: {command[0]} is not on the PATH"
             print(f"--- {name}: {' '.join(command)}", flush=True)
             process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **settings}, stdout=subprocess.PIPE,
                                        stderr=subprocess.STDOUT, text=True, start_new_session=True)
@@ -147,6 +148,7 @@ def main() -> None:
         part, began = PARTS[name], time.monotonic()
         commands = part.small if options.small else part.commands
         missing = [package for package in part.needs if importlib.util.find_spec(package) is None]
+        missing += [] if options.small or shutil.which(part.tool) else [part.tool]
         if missing or not commands:
             here[name] = f"left out: {', '.join(missing)} not installed" if missing else "left out: it has no small form"
         else:

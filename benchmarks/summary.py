@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.bench_lora_linear import BOTH, KINDS
 from benchmarks.bench_lora_linear import title as linears
-from benchmarks.bench_merge import BLOCKS
+from benchmarks.bench_merge import ALONE, BLOCKS
 from benchmarks.bench_merge import title as merges
 from benchmarks.clients import Case
 from benchmarks.measure import folder
@@ -78,6 +78,12 @@ def of_copy(rows: Sequence[Row]) -> float | None:
     return 1 / times if times else None
 
 
+def of_copy_on_the_card(rows: Sequence[Row]) -> float | None:
+    """The same without what the host takes: the operator alone."""
+    limit, ms, card = (value_of(rows, MERGE, ALONE, field) for field in ("times_limit", "ms", "card_ms"))
+    return ms / limit / card if limit and ms and card else None
+
+
 def layer(model: str) -> str:
     return linears(model, 8192, "one adapter", [16], "bf16", BOTH)
 
@@ -106,6 +112,7 @@ TARGETS = [
     Target("TinyLlama, ten clients of 8 x 512: peak memory over PEFT's loop at equal tokens in flight", "cohort", 0.8, False,
            ratio(cohort(8), "flora, one batch, PEFT's passes", "PEFT loop", "peak_mb")),
     Target("7B: merge of ten clients: share of the copy bandwidth", "merge", 0.85, True, of_copy),
+    Target("7B: the same, the operator alone on the card", "merge", 0.85, True, of_copy_on_the_card),
     Target("7B: merge: faster than PEFT one by one", "merge", 25.0, True, ratio(MERGE, "PEFT one by one", "flora")),
     Target("7B: merge: faster than PEFT cat + merge", "merge", 2.0, True, ratio(MERGE, "PEFT cat + merge", "flora")),
     Target("7B: merge: against addmm_ of a ready bf16 stack", "merge", 1.0, False,

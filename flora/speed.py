@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 # What a row may hold besides its time: the column's title and how the number is written.
-COLUMNS = {"tokens_per_second": ("tokens/s", ".0f"), "steady_tokens_per_second": ("steady", ".0f"),
+COLUMNS = {"card_ms": ("card ms", ".3f"), "tokens_per_second": ("tokens/s", ".0f"), "steady_tokens_per_second": ("steady", ".0f"),
            "aggregate_ms": ("aggregate", ".0f"), "merge_ms": ("merge", ".0f"), "train_ms": ("train", ".0f"),
            "peak_mb": ("peak MB", ".0f"), "extra_mb": ("extra MB", ".1f"), "up_mb": ("MB up", ".0f"), "down_mb": ("MB down", ".0f"),
            "told_mb": ("MB told", ".0f"), "wire_mb": ("MB wire", ".0f")}
@@ -27,6 +27,17 @@ def interleaved(variants: Mapping[str, Callable[[], object]], repeats: int = 15,
             if number >= warmup:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
+
+
+def on_the_card(variants: Mapping[str, Callable[[], object]], repeats: int = 15) -> dict[str, float]:
+    """Median milliseconds that every call takes a GPU, without what the host takes to launch it; variants take turns. Empty where
+    there is no GPU. Not for calls that wait for it."""
+    if not torch.cuda.is_available():
+        return {}
+    from flora.kernels.triton.tune import card_seconds
+    host = {name: interleaved({name: call}, 1, 1)[name][0] for name, call in variants.items()}
+    turns = [{name: card_seconds(call, 1, host[name]) for name, call in variants.items()} for _ in range(repeats)]
+    return {name: 1e3 * statistics.median(turn[name] for turn in turns) for name in variants}
 
 
 def rows_of(case: str, seconds: Mapping[str, list[float]], against: str, limit: float | None = None) -> list[dict[str, Any]]:

@@ -51,13 +51,12 @@ def test_a_part_ends_in_time_with_all_its_processes(tmp_path):
 def test_what_fails_is_said_and_the_rest_goes_on(out, monkeypatch, capsys):
     parts = {"tests": Part("proves", (), [python("sys.exit(3)"), python("print('second')")]),
              "green": Part("measures", (), [python("import os; print('told', os.environ.get('FLORA_GREEN'))")]),
-             "tool": Part("needs a tool", (), [["no-such-tool"]]),
              "package": Part("needs a package", (), [python("")], ["no_such"]),
              "none": Part("has no small form", [python("")])}
     assert called(monkeypatch, "--small", parts=parts) == 1
     said = capsys.readouterr().out
     assert "failed: exit code 3, see tests.log" in said and "second" in said and "told 1" in said
-    assert "left out: no-such-tool is not on the PATH" in said and "left out: no_such not installed" in said
+    assert "left out: no_such not installed" in said
     kept = json.loads((out / "parts.json").read_text())
     assert list(kept["parts"]) == list(parts) and kept["parts"]["none"]["outcome"] == "left out: it has no small form"
     assert {"versions", "commit", "driver", "gpu"} <= set(kept["about"])
@@ -65,6 +64,13 @@ def test_what_fails_is_said_and_the_rest_goes_on(out, monkeypatch, capsys):
     assert list(json.loads((out / "parts.json").read_text())["parts"]) == list(parts)
     assert "FLORA_GREEN" not in gpu.settings_of(False, {"tests": "failed: exit code 1"})
     assert gpu.settings_of(False, {"tests": "done"})["FLORA_GREEN"] == "1"
+
+
+def test_a_tool_that_is_not_there_leaves_its_part_out(out, monkeypatch, capsys):
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "environment", lambda: {"versions": {}, "commit": None, "gpu": "Card", "driver": "1", "cuda": "2"})
+    assert called(monkeypatch, "tool", parts={"tool": Part("needs a tool", [["no-such-tool"]], tool="no-such-tool")}) == 0
+    assert "left out: no-such-tool not installed" in capsys.readouterr().out and (out / "summary.md").exists()
 
 
 def test_what_cannot_be_done_is_refused(out, monkeypatch, capsys):

@@ -58,6 +58,19 @@ class Measured(NamedTuple):
     seconds: dict[Any, float]
 
 
+def card_seconds(call: Callable[[], object], count: int, busy: float) -> float:
+    """Seconds a call takes the card, of `count` in a row: it is kept busy while the host queues them. busy: the seconds of that.
+    Not for calls that wait for the card."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(int(3e9 * min(busy, 0.1)))                               # cycles, of at most 2 GHz: half as long again
+    start.record()
+    for _ in range(count):
+        call()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3 / count
+
+
 class _Clock:
     """Seconds of a call on the card, or of the host where there is none."""
 
@@ -66,19 +79,12 @@ class _Clock:
 
     def once(self, call: Callable[[], object], count: int, busy: float) -> float:
         """Seconds a call, of `count` in a row. busy: seconds that queueing them takes the host."""
-        if not self.cuda:
-            began = time.perf_counter()
-            for _ in range(count):
-                call()
-            return (time.perf_counter() - began) / count
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(int(3e9 * min(busy, 0.1)))                           # cycles, of at most 2 GHz: half as long again
-        start.record()
+        if self.cuda:
+            return card_seconds(call, count, busy)
+        began = time.perf_counter()
         for _ in range(count):
             call()
-        stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop) / 1e3 / count
+        return (time.perf_counter() - began) / count
 
     def compare(self, calls: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:
         """Median seconds of every call, taking turns; of one that is far behind the seconds of its first round. What cannot be
