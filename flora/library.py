@@ -34,6 +34,6 @@ def implement(op: str, written: int = 0, call: Callable[..., Any] | None = None)
     LIB.impl(op, body, "CompositeExplicitAutograd")
 
 
-def writes_only(op: str) -> None:
-    """The fake kernel of an operator that returns nothing."""
-    torch.library.register_fake(f"flora::{op}", lambda *args: None, lib=LIB)
+def writes_only(op: str, check: Callable[..., None] = lambda *args: None) -> None:
+    """The fake kernel of an operator that returns nothing. check: raises for arguments that do not fit."""
+    torch.library.register_fake(f"flora::{op}", check, lib=LIB)

@@ -48,18 +48,32 @@ def _checked(layers: Sequence[int], weights: Sequence[Tensor], residuals: Sequen
     kernel = kernels.resolve("checked_merge_", weights[0].device, weights[0].dtype)
     what, number = kernel(weights, residuals, As, Bs, scales, counts, seeds, write)
     if what in (1, 2):
-        which, client = divmod(number, len(As)) if what == 2 else (0, number)
-        at = next(i for i in range(len(counts)) if sum(counts[:i + 1]) > client)
-        name, (out, inn) = f"layer {layers[at]}, adapter {client - sum(counts[:at])}", weights[at].shape
-        check_ranks(name, (As[client], Bs[client], scales[client]), (out, inn), weights[at].device)
-        check(f"{name}, {('A', 'B', 'scale')[which]}", False, "finite numbers",
-              "NaN or infinity; nothing was merged. Leave the adapter out")
+        which, client = divmod(number, len(As)) if what == 2 else (-1, number)
+        _refuse(layers, weights, (As[client], Bs[client], scales[client]), counts, client, which)
     return bool(what == 3)
+
+
+def _refuse(layers: Sequence[int], weights: Sequence[Tensor], ranks: tuple[Tensor, Tensor, Tensor], counts: Sequence[int],
+            client: int, which: int) -> None:
+    """Raises AdapterError for a client's ranks, which do not fit or of which one (0: A, 1: B, 2: scale) is not finite."""
+    at = next(i for i in range(len(counts)) if sum(counts[:i + 1]) > client)
+    name, (out, inn) = f"layer {layers[at]}, adapter {client - sum(counts[:at])}", weights[at].shape
+    check_ranks(name, ranks, (out, inn), weights[at].device)
+    check(f"{name}, {('A', 'B', 'scale')[which]}", False, "finite numbers",
+          "NaN or infinity; nothing was merged. Leave the adapter out")
+
+
+def _fits(weights: Sequence[Tensor], residuals: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor],
+          scales: Sequence[Tensor], counts: Sequence[int], seeds: Sequence[int]) -> None:
+    """merge_ on tensors without numbers."""
+    misfit = reference.first_misfit(weights, As, Bs, scales, counts)
+    if misfit >= 0:
+        _refuse(range(len(weights)), weights, (As[misfit], Bs[misfit], scales[misfit]), counts, misfit, -1)
 
 
 implement("merge_", 2, _merge)
 implement("stack_", 3)
-writes_only("merge_")
+writes_only("merge_", _fits)
 writes_only("stack_")
 
 

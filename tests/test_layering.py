@@ -9,7 +9,7 @@ from tiny import ROOT, tracked
 LAYERS = [
     ["seeds", "files", "errors", "allocator", "parallel", "limits", "consistency"], ["sections"],
     ["config", "keystream", "accountant"], ["checks"], ["segments", "memory"],
-    ["kernels.reference", "kernels.native", "kernels.triton"], ["kernels"], ["environment"], ["library"], ["merges"], ["ops"],
+    ["kernels.reference"], ["kernels.native", "kernels.triton"], ["kernels"], ["environment"], ["library"], ["merges"], ["ops"],
     ["adapter"], ["frames", "sharded"],
     ["layer"], ["shared"], ["targets"],
     ["nn"], ["adaptive"], ["forms"], ["packed", "whole"], ["wire", "exchange"], ["reading"], ["messages"],

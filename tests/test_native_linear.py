@@ -75,6 +75,21 @@ def test_a_group_of_layers_of_a_cohort_with_frozen_ranks(dtype, dropout):
     compare(call, dtype)
 
 
+@pytest.mark.parametrize("tiles", [False, True])
+def test_bfloat16_on_processors_with_tiles_for_it_and_without(tiles, monkeypatch):
+    """With them torch makes the products with the weights; both ways are tested on every processor."""
+    asked = []
+    monkeypatch.setattr(native, "_TILES", tiles)
+    monkeypatch.setattr(reference, "base_gradient", lambda *a, _run=reference.base_gradient: (asked.append(1), _run(*a))[1])
+    for frozen, dropout in ((0, 0.0), (9, 0.3)):
+        call = Call(131, [65, 20], 97, 0, rows=(40, 0, 30, 61), ranks=(8, 17, 1, 64), frozen=frozen, dropout=dropout)
+        call.run(native, torch.bfloat16)
+        assert bool(asked) == tiles
+        for one in (call, Call(70, [33, 50], 41, 12, frozen=frozen, dropout=dropout)):
+            compare(one, torch.bfloat16)
+        asked.clear()
+
+
 @pytest.mark.parametrize("x", FLOATS, ids=str)
 @pytest.mark.parametrize("weight", FLOATS, ids=str)
 def test_every_mix_of_dtypes(x, weight):

@@ -12,9 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flora.kernels import reference
+
 _LINEAR = ("lora_linear", "lora_linear_backward", "lora_add_")
 # Measured against torch's products with these instructions; without them they are not ahead, and run only when forced.
 _WIDE = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+# With tile instructions for bfloat16 torch's products are several times as fast as ours, which have none.
+_TILES = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 OPERATORS = {
     **dict.fromkeys(_LINEAR, ("cpu",) if _WIDE else ()),
     **dict.fromkeys(("merge_", "first_not_finite", "checked_merge_", "stack_"), ("cpu",)),
@@ -56,6 +60,10 @@ for _op in ("merge_", "stack_", "first_not_finite", "checked_merge_"):
         OPERATORS[_op] = ("cpu", "cuda")
 
 
+def _by_tiles(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    return _TILES and x.dtype == torch.bfloat16 and len(weights) > 0 and all(w.dtype == torch.bfloat16 for w in weights)
+
+
 def lora_linear(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -75,9 +83,15 @@ def lora_linear(
 
     h comes from one pass over x; then a block of y meets the base product, the low-rank one and the bias in one sum,
     rounded once. fp16 is multiplied in fp32. The same bits for any number of threads, but for fewer than 32 rows in fp32 or fp64,
-    whose base product is torch's own.
+    whose base product is torch's own, and for bf16 on processors with tiles for it: there torch makes all products of one
+    adapter, and of clients those with the weights.
     Raises RuntimeError if a shape, a dtype or a device does not fit.
     """
+    if _by_tiles(x, weights):
+        add_ = reference.lora_add_ if row_offsets is None else lora_add_
+        return reference.on_base_products(
+            add_, x, weights, biases, As, Bs, scales, frozen, row_offsets, rank_offsets, frozen_ranges, widths, dropout, keys
+        )
     return torch.ops.flora_native.lora_linear.default(
         x, weights, biases, As, Bs, scales, frozen, row_offsets, rank_offsets, frozen_ranges, widths, dropout, keys
     )
@@ -104,6 +118,12 @@ def lora_linear_backward(
 
     dx sums all layers, base products and low-rank ones, in one pass over its blocks. Raises as lora_linear does.
     """
+    if _by_tiles(dys[0], weights):
+        rest = (frozen, row_offsets, rank_offsets, frozen_ranges, widths, dropout, keys, needs)
+        if row_offsets is None:
+            return reference.lora_linear_backward(dys, x, h, weights, As, Bs, scales, *rest)
+        dx, dAs, dBs = lora_linear_backward(dys, x, h, [], As, Bs, scales, *rest)
+        return reference.base_gradient(dys, weights).add_(dx) if needs[0] else dx, dAs, dBs
     return torch.ops.flora_native.lora_linear_backward.default(
         dys, x, h, weights, As, Bs, scales, frozen, row_offsets, rank_offsets, frozen_ranges, widths, dropout, keys, needs
     )

@@ -10,7 +10,7 @@ Layers that read the same x come as lists.
 Dropout is a pure function of (row key, column), so the backward pass repeats the mask of the forward pass, nothing is
 stored, and a row has the same mask in whatever batch it stands. The mixer is the 32-bit finaliser of MurmurHash3.
 """
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -85,13 +85,30 @@ def lora_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | 
     x (M, K); frozen is () or A, B, scale of each layer's ranks that do not train; widths[l] is the largest rank of a client.
     Returns every y_l (M, N_l), and h (M, Σ widths), each layer's columns after those of the layer before; all in x's dtype.
     """
+    return on_base_products(lora_add_, x, weights, biases, As, Bs, scales, frozen, row_offsets, rank_offsets, frozen_ranges, widths,
+                            dropout, keys)
+
+
+def on_base_products(add_: Callable[..., Tensor], x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
+                     As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[Tensor], frozen: Sequence[Tensor],
+                     row_offsets: Tensor | None, rank_offsets: Tensor | None, frozen_ranges: Tensor | None, widths: Sequence[int],
+                     dropout: float, keys: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """lora_linear as torch's own base products and a backend's lora_add_ on top of each."""
     ys, hs = [], []
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         y = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        hs.append(lora_add_(y, x, As[i], Bs[i], scales[i], frozen[3 * i:3 * i + 3], row_offsets, rank_offsets, frozen_ranges,
-                            widths[i], dropout, keys[i] if keys else None))
+        hs.append(add_(y, x, As[i], Bs[i], scales[i], frozen[3 * i:3 * i + 3], row_offsets, rank_offsets, frozen_ranges,
+                       widths[i], dropout, keys[i] if keys else None))
         ys.append(y)
     return ys, hs[0] if len(hs) == 1 else torch.cat(hs, dim=1)
+
+
+def base_gradient(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """Σ dy_l W_l in dy's dtype, summed in place."""
+    dx = dys[0] @ weights[0].to(dys[0].dtype)
+    for dy, weight in zip(dys[1:], weights[1:], strict=True):
+        dx.addmm_(dy, weight.to(dy.dtype))
+    return dx
 
 
 def lora_add_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Tensor, frozen: Sequence[Tensor],
@@ -123,12 +140,10 @@ def lora_linear_backward(dys: Sequence[Tensor], x: Tensor | None, h: Tensor, wei
     weights: () where the base product is another's, and dx is the LoRA path's alone. x may be None where no dA is needed.
     Returns dx (M, K) in dy's dtype, dA_l (R, K), dB_l (N_l, R), laid out as B_l is, in the factors' dtypes.
     """
-    L, dtype = len(As), dys[0].dtype
+    L = len(As)
     dx = dys[0].new_empty(0)
     if needs[0]:
-        dx = dys[0] @ weights[0].to(dtype) if weights else dys[0].new_zeros(dys[0].shape[0], As[0].shape[1])
-        for dy, weight in zip(dys[1:], weights[1:], strict=bool(weights)):
-            dx.addmm_(dy, weight.to(dtype))
+        dx = base_gradient(dys, weights) if weights else dys[0].new_zeros(dys[0].shape[0], As[0].shape[1])
     dAs, dBs, start = [], [], 0
     for i in range(L):
         own = (As[i], Bs[i], scales[i], frozen[3 * i:3 * i + 3], row_offsets, rank_offsets, frozen_ranges, dropout,
@@ -260,21 +275,25 @@ def first_not_finite(tensors: Sequence[Tensor]) -> int:
     return int(bad.int().argmax()) if bool(bad.any()) else -1
 
 
+def first_misfit(weights: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[Tensor],
+                 counts: Sequence[int]) -> int:
+    """The first client whose A (r, in), B (out, r) or scale (r,) does not fit its weight (out, in), or lies elsewhere; -1: none."""
+    owners = [weight for weight, count in zip(weights, counts, strict=True) for _ in range(count)]
+    for number, (weight, A, B, scale) in enumerate(zip(owners, As, Bs, scales, strict=True)):
+        (out, inn), r = weight.shape, A.shape[0] if A.dim() else 0
+        if not (A.shape == (r, inn) and B.shape == (out, r) and scale.shape == (r,)
+                and all(t.dtype in _FLOATS and t.device == weight.device for t in (A, B, scale))):
+            return number
+    return -1
+
+
 def checked_merge_(weights: Sequence[Tensor], residuals: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor],
                    scales: Sequence[Tensor], counts: Sequence[int], seeds: Sequence[int], write: bool) -> tuple[int, int]:
-    """What is wrong with the factors of merge_, the first of: (1, client) that does not fit its weight (out, in): A (r, in),
-    B (out, r), scale (r,), floating point, on its device; (2, i) for a NaN or an infinity in one of As, Bs and scales, one after
-    another; (3, 0) for a factor that may lie where something is written: here always, and nothing is merged. (0, 0): nothing is
-    wrong, and where `write` is set the merge is done."""
-    number = 0
-    for weight, count in zip(weights, counts, strict=True):
-        out, inn = weight.shape
-        for _ in range(count):
-            A, B, scale = As[number], Bs[number], scales[number]
-            r = A.shape[0] if A.dim() else 0
-            if not (A.shape == (r, inn) and B.shape == (out, r) and scale.shape == (r,)
-                    and all(t.dtype in _FLOATS and t.device == weight.device for t in (A, B, scale))):
-                return 1, number
-            number += 1
+    """What is wrong with the factors of merge_, the first of: (1, client) that does not fit (first_misfit); (2, i) for a NaN or an
+    infinity in one of As, Bs and scales, one after another; (3, 0) for a factor that may lie where something is written: here
+    always, and nothing is merged. (0, 0): nothing is wrong, and where `write` is set the merge is done."""
+    misfit = first_misfit(weights, As, Bs, scales, counts)
+    if misfit >= 0:
+        return 1, misfit
     bad = first_not_finite([*As, *Bs, *scales])
     return (2, bad) if bad >= 0 else (3, 0)
