@@ -66,7 +66,7 @@ PARTS = {
     "tests": Part("every test that needs a GPU", [TESTS], [TESTS]),
     "sanitize": Part("every operator once, under compute-sanitizer", SANITIZED, [[*PYTHON, "benchmarks.sanitized"]],
                      tool=SANITIZER),
-    "tune": Part("which form and blocks are fastest for each shape", [[*PYTHON, "benchmarks.tuned", "--minutes", "7.5"]]),
+    "tune": Part("which form and blocks are fastest for each shape", [[*PYTHON, "benchmarks.tuned", "--minutes", "7"]]),
     "lora_linear": Part("the seven linears of a decoder layer, against their peers and the limit", *bench(
         "bench_lora_linear", ["--models 7B 1B 70B --rows 8192 --ranks 16 --kinds one clients --compile",
                               "--models 7B --rows 8192 --kinds downlink", "--kinds one clients"],
@@ -98,11 +98,14 @@ def run(name: str, commands: Sequence[Sequence[str]], seconds: float, log: Path,
                                        stderr=subprocess.STDOUT, text=True, start_new_session=True)
             stopper = threading.Timer(max(0.0, ends - time.monotonic()), stop, [process])
             stopper.start()
-            for line in process.stdout:
-                print(line, end="", flush=True)
-                file.write(line)
-            code = process.wait()
-            stopper.cancel()
+            try:
+                for line in process.stdout:
+                    print(line, end="", flush=True)
+                    file.write(line)
+                code = process.wait()
+            finally:                                                    # Ctrl-C reaches us alone
+                stopper.cancel()
+                stop(process)
             if time.monotonic() >= ends:
                 return f"stopped after {seconds / 60:g} minutes; what it had published is kept"
             outcome = f"failed: exit code {code}, see {log.name}" if code else outcome
@@ -110,8 +113,8 @@ def run(name: str, commands: Sequence[Sequence[str]], seconds: float, log: Path,
 
 
 def stop(process: subprocess.Popen) -> None:
-    """Ends a command with all its processes: politely, then for good."""
-    for how in (signal.SIGTERM, signal.SIGKILL):
+    """Ends a command with all its processes, politely, then for good; nothing where it has ended."""
+    for how in (signal.SIGTERM, signal.SIGKILL) if process.poll() is None else ():
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, how)
         with contextlib.suppress(subprocess.TimeoutExpired):

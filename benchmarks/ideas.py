@@ -7,9 +7,9 @@ What each is expected to give on a GPU stands in dev/LOG.md.
                         in a wider buffer. Taken where x is smaller than what an expand writes (backward: dy than dx)
     more K, one dy pass the same, with dh and dB from one pass over dy, by flora's kernel
     rows in chunks      product and expand, a few rows at a time, so that the expand finds y in the L2 cache
-    side stream         the skinny product beside the base product, then the expand
+    side stream         forward: the skinny product beside the base product, then the expand
 """
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -51,19 +51,21 @@ class Linears:
         dy_pass(dy, B, torch.full((self.rank,), scale, device=dy.device), h, dh, dB, Ranks(None, None, 0, self.rank), self.rank)
         return dh, dB
 
+    def pieces(self, y: Tensor) -> Iterator[slice]:
+        """Rows of y that are computed together."""
+        step = max(256, CACHED // (y.element_size() * y.shape[1])) if self.how == "rows in chunks" else max(1, len(y))
+        return (slice(first, first + step) for first in range(0, len(y), step))
+
+    def expanded(self, x: Tensor, w: Tensor, h: Tensor, b: Tensor) -> Tensor:
+        """x wᵀ + h bᵀ as a product and an expand."""
+        y = x.new_empty(len(x), len(w))
+        for rows in self.pieces(y):
+            torch.mm(x[rows], w.T, out=y[rows])
+            y[rows].addmm_(h[rows], b.T)
+        return y
+
     def slot(self, i: int) -> slice:
         return slice(self.K + i * self.rank, self.K + (i + 1) * self.rank)
-
-
-def expanded(x: Tensor, w: Tensor, h: Tensor, b: Tensor, how: str) -> Tensor:
-    """x wᵀ + h bᵀ as a product and an expand."""
-    y = x.new_empty(len(x), len(w))
-    step = max(256, CACHED // (y.element_size() * len(w))) if how == "rows in chunks" else len(x)
-    for first in range(0, len(x), step):
-        rows = slice(first, first + step)
-        torch.mm(x[rows], w.T, out=y[rows])
-        y[rows].addmm_(h[rows], b.T)
-    return y
 
 
 class Idea(torch.autograd.Function):
@@ -93,7 +95,7 @@ class Idea(torch.autograd.Function):
                 y.addmm_(part, B.T)
         else:
             h = x @ A.T
-            ys = [expanded(x, w, part, B, of.how) for w, part, B in zip(of.weights, h.split(of.rank, 1), Bs, strict=True)]
+            ys = [of.expanded(x, w, part, B) for w, part, B in zip(of.weights, h.split(of.rank, 1), Bs, strict=True)]
         ctx.scale, ctx.of = scale, of
         ctx.save_for_backward(x, h, *factors)
         return tuple(ys)
@@ -108,17 +110,19 @@ class Idea(torch.autograd.Function):
             of.buffers[0][of.N:, :of.K] = As[0]
             dx = torch.cat([dys[0], dh], 1) @ of.buffers[0][:, :of.K]
         else:
-            dx = dys[0] @ of.weights[0]
-            for dy, w in zip(dys[1:], of.weights[1:], strict=True):
-                dx.addmm_(dy, w)
-            dx.addmm_(dh, torch.cat(As))
+            dx, A = torch.empty_like(x), torch.cat(As)
+            for rows in of.pieces(x):
+                torch.mm(dys[0][rows], of.weights[0], out=dx[rows])
+                for dy, w in zip(dys[1:], of.weights[1:], strict=True):
+                    dx[rows].addmm_(dy[rows], w)
+                dx[rows].addmm_(dh[rows], A)
         dAs = (dh.T @ x).split(of.rank)
         return dx, None, None, *(grad for pair in zip(dAs, dB, strict=True) for grad in pair)
 
 
 class Unsloth(torch.autograd.Function):
-    """All linears of one x, in the order of calls of Unsloth's LoRA_QKV and LoRA_MLP (unslothai/unsloth, kernels/fast_lora.py, read
-    there): addmm_ on top of each product; x Aᵀ once more in the backward pass; dx of all linears summed in place."""
+    """All linears of one x, in the order of calls of Unsloth's LoRA_QKV (unslothai/unsloth, unsloth/kernels/fast_lora.py): addmm_
+    on top of each product; x Aᵀ once more in the backward pass, dy B twice; dx of all linears summed in place (there: over x)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: float, weights: list[Tensor], *factors: Tensor) -> tuple[Tensor, ...]:
@@ -132,11 +136,10 @@ class Unsloth(torch.autograd.Function):
         x, *factors = ctx.saved_tensors
         dx, grads = None, []
         for dy, w, A, B in zip(dys, ctx.weights, factors[::2], factors[1::2], strict=True):
-            dh = dy @ B
-            grads += [torch.empty_like(A).addmm_(dh.T, x, beta=0, alpha=ctx.scale),
+            grads += [torch.empty_like(A).addmm_((dy @ B).T, x, beta=0, alpha=ctx.scale),
                       torch.empty_like(B).addmm_(dy.T, x @ A.T, beta=0, alpha=ctx.scale)]
             dx = dy @ w if dx is None else dx.addmm_(dy, w)
-            dx.addmm_(dh, A, alpha=ctx.scale)
+            dx.addmm_(dy @ B, A, alpha=ctx.scale)
         return dx, None, None, *grads
 
 

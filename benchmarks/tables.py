@@ -92,6 +92,14 @@ def linears(results: Path) -> str:
     return pivot(renamed(rows, "addmm_ form, client by client", "addmm_ form"), "ms", variants, "ms", ".1f", title)
 
 
+def overhead(results: Path) -> str:
+    """Microseconds of the host a call."""
+    variants = {name: name for name in ("flora, by the rule", "flora, our passes", "flora, fused")}
+    variants |= {"addmm form": "`addmm_` form", "peft": "PEFT"}
+    rows = [row | {"us": 1e3 * row["ms"]} for row in rows_of("overhead", results)]
+    return pivot(rows, "", variants, "us", ".0f", str)
+
+
 def merges(results: Path) -> str:
     """ms of a merge of ten clients."""
     variants = {"flora": "flora", "addmm_ of an fp32 stack": "`addmm_` of a stack made beforehand, in fp32",
@@ -123,8 +131,9 @@ def gpu(results: Path) -> str:
     return "\n\n".join(parts)
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"rates": rates, "ways": ways, "engines": engines, "linears": linears, "merges": merges,
-                                            "drift": drift, "gpu": gpu}
+TABLES: dict[str, Callable[[Path], str]] = {
+    "rates": rates, "ways": ways, "engines": engines, "linears": linears, "overhead": overhead, "merges": merges, "drift": drift,
+    "gpu": gpu}
 
 
 def page(text: str, results: Path = RESULTS) -> str:

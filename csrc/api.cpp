@@ -18,7 +18,7 @@ STABLE_TORCH_LIBRARY(flora_native, m) {
   m.def(
       "merge_(Tensor(a!)[] weights, Tensor(b!)[] residuals, Tensor[] As, Tensor[] Bs, Tensor[] scales, int[] counts, "
       "int[] seeds) -> ()");
-  m.def("first_not_finite(Tensor[] tensors) -> int");
+  m.def("first_not_finite(Tensor[] tensors) -> int");  // a part of checked_merge_, by itself for its tests
   m.def(
       "checked_merge_(Tensor(a!)[] weights, Tensor(b!)[] residuals, Tensor[] As, Tensor[] Bs, Tensor[] scales, int[] counts, "
       "int[] seeds, bool write) -> (int, int)");

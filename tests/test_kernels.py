@@ -53,7 +53,7 @@ def test_the_order_is_triton_native_reference(backends):
     table = {c.operator: c for c in kernels.table() if c.device == "cpu"}
     assert {op: c.backend for op, c in table.items()} == {
         "lora_linear": "reference", "lora_linear_backward": "reference", "lora_add_": "reference", "merge_": "triton",
-        "stack_": "native", "first_not_finite": "reference", "checked_merge_": "reference"}
+        "stack_": "native", "checked_merge_": "reference"}
     assert table["merge_"].why == "first choice" and "triton: it has no stack_" in table["stack_"].why
     assert "triton: it has no lora_linear for cpu, only for cuda" in table["lora_linear"].why
     assert "native: it has no lora_linear" in table["lora_linear"].why

@@ -16,7 +16,7 @@ import torch
 from flora.errors import BackendError
 
 BACKENDS = ("triton", "native", "reference")
-OPERATORS = ("lora_linear", "lora_linear_backward", "lora_add_", "merge_", "stack_", "first_not_finite", "checked_merge_")
+OPERATORS = ("lora_linear", "lora_linear_backward", "lora_add_", "merge_", "checked_merge_", "stack_")
 
 _forced: str | None = None
 

@@ -21,7 +21,7 @@ _WIDE = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 _TILES = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 OPERATORS = {
     **dict.fromkeys(_LINEAR, ("cpu",) if _WIDE else ()),
-    **dict.fromkeys(("merge_", "first_not_finite", "checked_merge_", "stack_"), ("cpu",)),
+    **dict.fromkeys(("merge_", "checked_merge_", "stack_"), ("cpu",)),
 }
 WHEN_FORCED = dict.fromkeys(_LINEAR, ("cpu",))
 
@@ -55,7 +55,7 @@ def _load() -> Path:
 
 LIBRARY = _load()
 # A library built without nvcc has no CUDA kernels and leaves CUDA tensors to the other backends.
-for _op in ("merge_", "stack_", "first_not_finite", "checked_merge_"):
+for _op in ("merge_", "checked_merge_", "stack_"):
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"flora_native::{_op}", "CUDA"):
         OPERATORS[_op] = ("cpu", "cuda")
 
@@ -171,15 +171,6 @@ def merge_(
     """
     if weights:
         torch.ops.flora_native.merge_.default(weights, residuals, As, Bs, scales, counts, seeds)
-
-
-def first_not_finite(tensors: Sequence[Tensor]) -> int:
-    """The index of the first tensor that holds a NaN or an infinity; -1 if none does.
-
-    One read at the speed of memory. fp32, fp64, fp16 or bf16 each, any shape and strides.
-    Raises RuntimeError if a dtype or a device does not fit.
-    """
-    return torch.ops.flora_native.first_not_finite.default(tensors) if tensors else -1
 
 
 def checked_merge_(

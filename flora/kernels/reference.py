@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flora.memory import gradient_like
 
-_NAMES = ("lora_linear", "lora_linear_backward", "lora_add_", "merge_", "stack_", "first_not_finite", "checked_merge_")
+_NAMES = ("lora_linear", "lora_linear_backward", "lora_add_", "merge_", "checked_merge_", "stack_")
 OPERATORS = dict.fromkeys(_NAMES, ("*",))
 
 _SIGN = 1 << 31
